@@ -1,0 +1,115 @@
+"""Fixtures that start servers, and the report on which known faults have a test."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+from tests.servers import NoServerError, RedisServer, find_server, server_version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FAULTS = Path(__file__).with_name("faults.txt")
+SERVER_FIXTURES = {"redis_server", "redis_url", "own_server"}
+
+settings.register_profile("default", deadline=None, derandomize=False, print_blob=True)
+# Repeatable: a red run in CI has its cause in the change. New examples are for the runs at home.
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+covered = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """The server that all tests share. Leave it running and its configuration as it is."""
+    with _server() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The shared server's database 0, empty. Scripts stay loaded."""
+    redis_server.command("FLUSHALL")
+    return redis_server.url
+
+
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server for this test alone, with a unix socket, to configure, pause, kill and restart."""
+    with _server(unix_socket=True) as server:
+        yield server
+
+
+def pytest_report_header() -> str:
+    try:
+        server = find_server()
+    except NoServerError:
+        return "redis server: none found, tests that need one will fail"
+    return f"redis server: {server} {server_version(server)}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known = read_faults(FAULTS.read_text("utf-8"))
+    seen: set[str] = set()
+    for item in items:
+        if SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.redis)
+        for marker in item.iter_markers("fault"):
+            if unknown := [number for number in marker.args if number not in known]:
+                raise pytest.UsageError(f"{item.nodeid}: no fault {unknown} in {FAULTS.name}")
+            seen.update(marker.args)
+    config.stash[covered] = seen
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    # A run in which every test was skipped has tested nothing.
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    executed = reporter is None or any(reporter.stats.get(word) for word in ("passed", "xfailed"))
+    if exitstatus == pytest.ExitCode.OK and not executed and not session.config.option.collectonly:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if covered not in config.stash or not _is_whole_run(config):
+        return
+    known = read_faults(FAULTS.read_text("utf-8"))
+    missing = [number for number in known if number not in config.stash[covered]]
+    terminalreporter.section("known faults")
+    terminalreporter.line(f"{len(known) - len(missing)} of {len(known)} have a test")
+    if missing:
+        terminalreporter.line("no test yet: " + " ".join(missing))
+
+
+def read_faults(text: str) -> dict[str, str]:
+    """Read lines such as `A3 a denied request was charged`; `#` opens a comment."""
+    faults: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        found = re.fullmatch(r"([A-H][1-9]\d*) (\S.*)", line)
+        if found is None or found[1] in faults:
+            raise pytest.UsageError(f"{FAULTS.name}: not a new fault's number and line: {line!r}")
+        faults[found[1]] = found[2]
+    return faults
+
+
+def _server(*, unix_socket: bool = False) -> RedisServer:
+    try:
+        return RedisServer(unix_socket=unix_socket)
+    except NoServerError as exc:
+        pytest.fail(str(exc), pytrace=False)
+
+
+def _is_whole_run(config: pytest.Config) -> bool:
+    narrowed = any(config.getoption(name, None) for name in ("keyword", "markexpr", "lf"))
+    return not narrowed and config.args == config.getini("testpaths")

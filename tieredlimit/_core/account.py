@@ -1,0 +1,62 @@
+"""Who is charged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from tieredlimit.errors import UsageError
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Name who is charged, and what billing says about them.
+
+    Attributes:
+        id: Any non-empty string; two accounts share buckets only if their ids are equal.
+        plan: What billing calls the account's plan. None is an unknown plan: only tiers that do
+            not ask for one can match.
+        created_at: When the account was made, with a time zone. None is unknown and counts as new.
+        tags: Labels a tier may ask for.
+        within: Subjects around the account that are charged as well, such as `{"org": "o7"}`.
+        anonymous: True for somebody without an account, whose id is a client address. An anonymous
+            id never shares a bucket with an account of the same id.
+
+    Raises:
+        UsageError: An id is empty or no string, or `created_at` has no time zone.
+    """
+
+    id: str
+    plan: str | None = None
+    created_at: datetime | None = None
+    tags: Collection[str] = field(default=frozenset(), hash=False)
+    within: Mapping[str, str] = field(default_factory=dict, hash=False)
+    anonymous: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require_id("account id", self.id)
+        if self.within:
+            for per, subject in self.within.items():
+                _require_id(f"within[{per!r}]", subject)
+        if isinstance(self.tags, str):
+            raise UsageError(f"tags must be a collection of strings, got the string {self.tags!r}")
+        created_at = self.created_at
+        if created_at is not None and created_at.tzinfo is None:
+            raise UsageError(f"created_at must have a time zone, got {created_at.isoformat()}")
+
+    def created_us(self) -> int | None:
+        """Return when the account was made, in microseconds since the epoch; None is unknown."""
+        if self.created_at is None:
+            return None
+        return (self.created_at - _EPOCH) // _MICROSECOND
+
+
+def _require_id(place: str, value: object) -> None:
+    if type(value) is not str:
+        raise UsageError(f"{place} must be a string, got {type(value).__name__} {value!r:.80}")
+    if not value:
+        raise UsageError(f"{place} must not be empty")

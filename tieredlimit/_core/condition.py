@@ -1,0 +1,154 @@
+"""The `when` of a tier: which accounts it takes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.rate import spell_duration
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Hold the words of a `when`; an account matches where every word given holds.
+
+    Durations and instants are microseconds. None, or an empty set of tags, is a word not given.
+    An account whose age is unknown counts as new: it is below any age and after any instant.
+
+    Attributes:
+        plan: The account's plan is one of these.
+        account_age_below_us: It is younger; at exactly this age it no longer is.
+        account_age_above_us: It is at least this old.
+        created_before_us: It was made before this instant.
+        created_after_us: It was made at this instant or later.
+        tags: It carries every one of these.
+        anonymous: It is, or is not, an account at all.
+    """
+
+    plan: frozenset[str] | None = None
+    account_age_below_us: int | None = None
+    account_age_above_us: int | None = None
+    created_before_us: int | None = None
+    created_after_us: int | None = None
+    tags: frozenset[str] = frozenset()
+    anonymous: bool | None = None
+
+    @property
+    def asks_age(self) -> bool:
+        """Say whether the answer depends on when the account was made."""
+        return (
+            self.account_age_below_us is not None
+            or self.account_age_above_us is not None
+            or self.created_before_us is not None
+            or self.created_after_us is not None
+        )
+
+    def failing_word(self, account: Account, now: int) -> str | None:
+        """Return the first word that does not hold for the account, None if all do."""
+        if self.plan is not None and account.plan not in self.plan:
+            return "plan"
+        if self.anonymous is not None and account.anonymous != self.anonymous:
+            return "anonymous"
+        if self.tags and not self.tags.issubset(account.tags):
+            return "tags"
+        return self._failing_age(account.created_us(), now) if self.asks_age else None
+
+    def _failing_age(self, created_us: int | None, now: int) -> str | None:
+        below, above = self.account_age_below_us, self.account_age_above_us
+        before, after = self.created_before_us, self.created_after_us
+        if created_us is None:
+            # Unknown counts as new: nothing that asks for age may be satisfied by not knowing.
+            if above is not None:
+                return "account_age_above"
+            return "created_before" if before is not None else None
+        if below is not None and now - created_us >= below:
+            return "account_age_below"
+        if above is not None and now - created_us < above:
+            return "account_age_above"
+        if before is not None and created_us >= before:
+            return "created_before"
+        if after is not None and created_us < after:
+            return "created_after"
+        return None
+
+    def contradiction(self) -> str | None:
+        """Say why no account can ever match, None if one can."""
+        below, above = self.account_age_below_us, self.account_age_above_us
+        if below is not None and above is not None and above >= below:
+            return "account_age_above is not below account_age_below"
+        before, after = self.created_before_us, self.created_after_us
+        if before is not None and after is not None and after >= before:
+            return "created_after is not before created_before"
+        return None
+
+    def covers(self, other: When) -> bool:
+        """Say whether every account that matches `other` also matches this one.
+
+        Conservative: where it cannot be told from the words alone, the answer is no.
+        """
+        return (
+            _within(other.plan, self.plan)
+            and self.tags <= other.tags
+            and self.anonymous in (None, other.anonymous)
+            and _at_most(other.account_age_below_us, self.account_age_below_us)
+            and _at_least(other.account_age_above_us, self.account_age_above_us)
+            and _at_most(other.created_before_us, self.created_before_us)
+            and _at_least(other.created_after_us, self.created_after_us)
+        )
+
+    def by_plan(self) -> list[When]:
+        """Return one `When` per plan named, so that each plan can be looked at by itself."""
+        if self.plan is None:
+            return [self]
+        return [replace(self, plan=frozenset({plan})) for plan in sorted(self.plan)]
+
+    def spell(self, word: str) -> str:
+        """Return what one word asks for, as an operator reads it."""
+        match word:
+            case "plan":
+                return f"plan is {' or '.join(sorted(self.plan or ()))}"
+            case "tags":
+                return f"tags include {', '.join(sorted(self.tags))}"
+            case "anonymous":
+                return "has no account" if self.anonymous else "has an account"
+            case "account_age_below":
+                return f"account is younger than {spell_duration(self.account_age_below_us or 0)}"
+            case "account_age_above":
+                return f"account is at least {spell_duration(self.account_age_above_us or 0)} old"
+            case "created_before":
+                return f"created before {_spell_instant(self.created_before_us or 0)}"
+            case _:
+                return f"created at or after {_spell_instant(self.created_after_us or 0)}"
+
+    def words(self) -> list[str]:
+        """Return the words given, in the order in which they are checked."""
+        given = {
+            "plan": self.plan is not None,
+            "anonymous": self.anonymous is not None,
+            "tags": bool(self.tags),
+            "account_age_below": self.account_age_below_us is not None,
+            "account_age_above": self.account_age_above_us is not None,
+            "created_before": self.created_before_us is not None,
+            "created_after": self.created_after_us is not None,
+        }
+        return [word for word, there in given.items() if there]
+
+
+def _within(inner: frozenset[str] | None, outer: frozenset[str] | None) -> bool:
+    return outer is None or (inner is not None and inner <= outer)
+
+
+def _at_most(inner: int | None, outer: int | None) -> bool:
+    return outer is None or (inner is not None and inner <= outer)
+
+
+def _at_least(inner: int | None, outer: int | None) -> bool:
+    return outer is None or (inner is not None and inner >= outer)
+
+
+def _spell_instant(instant_us: int) -> str:
+    instant = _EPOCH + timedelta(microseconds=instant_us)
+    return instant.isoformat().replace("+00:00", "Z")

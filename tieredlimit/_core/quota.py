@@ -1,0 +1,87 @@
+"""A quota: an allowance of so many tokens, refilled at such a rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from tieredlimit._core.rate import SECOND_US, TEN_YEARS_US, Rate, parse_rate, spell_duration
+
+MAX_AMOUNT = 1_000_000_000
+"""The largest capacity and the largest cost, in tokens."""
+
+_ROUNDING_FAULT = 0.01
+_ROUNDING_WARNING = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Describe one token bucket: `capacity` tokens, one more every `interval_us` microseconds.
+
+    Attributes:
+        name: Unique in its cell; what a client reads in `RateLimit-Policy`.
+        rate: The rate as the policy wrote it.
+        capacity: Tokens in a full bucket, at least 1.
+        interval_us: Microseconds from one token to the next.
+        per: The subject around the account that is charged, or None for the account itself.
+        window_us: Microseconds from empty to full.
+        clamp_us: How far ahead of now a bucket's instant may stand before it is lowered.
+        tag: Four bytes that stand for the name in the store.
+    """
+
+    name: str
+    rate: str
+    capacity: int
+    interval_us: int
+    per: str | None = None
+    window_us: int = field(init=False)
+    clamp_us: int = field(init=False)
+    tag: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Settling may leave a bucket one capacity below empty: the clamp must let that stand.
+        object.__setattr__(self, "window_us", self.capacity * self.interval_us)
+        object.__setattr__(self, "clamp_us", 2 * self.window_us)
+        object.__setattr__(self, "tag", blake2b(self.name.encode(), digest_size=4).digest())
+
+
+def interval_of(rate: Rate) -> tuple[int, str | None]:
+    """Return the microseconds between tokens, rounded up, and a warning where rounding shows.
+
+    Raises:
+        ValueError: Rounding would change the rate by more than 1 %.
+    """
+    interval_us = -(-rate.period_us // rate.amount)
+    error = interval_us * rate.amount / rate.period_us - 1
+    if error <= _ROUNDING_WARNING:
+        return interval_us, None
+    nearest = " or ".join(
+        f'"{_spell_exact(candidate)}"' for candidate in (interval_us, interval_us - 1) if candidate
+    )
+    told = f"is {error:.2%} slower once rounded to whole microseconds; exact nearby: {nearest}"
+    if error > _ROUNDING_FAULT:
+        raise ValueError(told)
+    return interval_us, told
+
+
+def parse_quota_rate(text: str, capacity: int | None) -> tuple[Rate, int, int, str | None]:
+    """Read a rate with its capacity; return rate, capacity, interval and a warning or None.
+
+    Raises:
+        ValueError: The rate, its rounding or the bucket's window is out of bounds.
+    """
+    rate = parse_rate(text)
+    interval_us, warning = interval_of(rate)
+    tokens = rate.amount if capacity is None else capacity
+    if tokens > MAX_AMOUNT:
+        raise ValueError(f"a capacity of {tokens} is over the bound of {MAX_AMOUNT}")
+    if tokens * interval_us > TEN_YEARS_US:
+        window = spell_duration(tokens * interval_us // SECOND_US * SECOND_US)
+        raise ValueError(f"takes {window} from empty to full; at most 10 years (3,650 days)")
+    return rate, tokens, interval_us, warning
+
+
+def _spell_exact(interval_us: int) -> str:
+    """Spell the rate of one token every `interval_us`, which must be below a second."""
+    per_second, rest = divmod(SECOND_US, interval_us)
+    return f"{SECOND_US}/{interval_us} seconds" if rest else f"{per_second}/second"

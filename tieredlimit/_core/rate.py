@@ -1,0 +1,101 @@
+"""What a policy writes as text: rates, durations, instants.
+
+Each function raises `ValueError` with a message that says what would be right; the policy reader
+adds the place.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+SECOND_US = 1_000_000
+DAY_US = 86_400 * SECOND_US
+TEN_YEARS_US = 3_650 * DAY_US
+
+_UNIT_US = {
+    "second": SECOND_US,
+    "minute": 60 * SECOND_US,
+    "hour": 3_600 * SECOND_US,
+    "day": DAY_US,
+    "week": 7 * DAY_US,
+}
+_DURATION = re.compile(r"([0-9]{1,9}) ?(second|minute|hour|day|week)s?")
+_MULTIPLE = re.compile(r"(?:/|per)\s*([0-9]*)\s*([a-z]+)\s*", re.IGNORECASE)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Hold so many tokens per period; `label` names the period (`minute`, `2-hours`)."""
+
+    amount: int
+    period_us: int
+    label: str
+
+
+def parse_rate(text: str) -> Rate:
+    """Read one rate in the notation of the `limits` package, the whole string, exactly one item.
+
+    Raises:
+        ValueError: It is no rate, more than one, zero, or counts in calendar months or years.
+    """
+    # Here, not above: limits loads all its storages, and a worker needs it only while loading.
+    from limits import parse_many
+
+    tail = _MULTIPLE.search(text)
+    multiple, unit = (tail[1], tail[2].lower().removesuffix("s")) if tail else ("", "")
+    if unit in {"month", "year"}:
+        raise ValueError(f'got "{text}"; write 30 days: calendar quotas are billing')
+    if multiple and int(multiple[:20]) == 0:
+        raise ValueError(f'got "{text}"; the number of {unit}s must be at least 1')
+    if tail and unit == "week":
+        # limits has no weeks; seven days say the same.
+        days = int(multiple or 1) * 7
+        spelled = f"{text[: tail.start()]}/{days} days{text[tail.end() :]}"
+    else:
+        spelled = text
+    try:
+        items = parse_many(spelled)
+    except ValueError:
+        raise ValueError(f'got "{text}"; write a rate such as "5/minute" or "10/2 hours"') from None
+    if len(items) != 1:
+        raise ValueError(f'got "{text}"; one rate each: write a list of quotas for several')
+    if items[0].amount < 1:
+        raise ValueError(f'got "{text}"; the amount must be at least 1: write 0 alone for zero')
+    label = unit if multiple in {"", "1"} else f"{int(multiple)}-{unit}s"
+    return Rate(items[0].amount, items[0].get_expiry() * SECOND_US, label)
+
+
+def parse_duration(value: object) -> int:
+    """Read a duration such as `"7 days"` and return microseconds."""
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f'got {value!r}; write a duration such as "7 days" or "36 hours"')
+    duration_us = int(match[1]) * _UNIT_US[match[2]]
+    if duration_us > 10 * TEN_YEARS_US:
+        raise ValueError(f"got {value!r}; at most 100 years")
+    return duration_us
+
+
+def parse_instant(value: object) -> int:
+    """Read an RFC 3339 instant, as text or as TOML's own, and return microseconds since 1970."""
+    wanted = "write an instant with a zone, such as 2026-11-20T18:00:00Z"
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f'got "{value}"; {wanted}') from None
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError(f"got {value}; {wanted}")
+    return (value - _EPOCH) // timedelta(microseconds=1)
+
+
+def spell_duration(duration_us: int) -> str:
+    """Return a duration as people write it, in its largest exact unit."""
+    for unit in ("week", "day", "hour", "minute", "second"):
+        count, rest = divmod(duration_us, _UNIT_US[unit])
+        if count and not rest:
+            return f"{count} {unit}{'' if count == 1 else 's'}"
+    return f"{duration_us / SECOND_US:g} seconds"

@@ -1,0 +1,172 @@
+"""The compiled table: everything about a policy that a request would otherwise work out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from struct import pack
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.condition import When
+from tieredlimit._core.keys import ADDRESS, STAND_IN, key_prefix, subject_name
+from tieredlimit._core.policy import Policy
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.routes import Matcher
+from tieredlimit._core.tier import Cell, Feature
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shelf:
+    """Hold the quotas of a cell that charge one kind of subject: their buckets share one key.
+
+    Attributes:
+        quotas: The quotas, at least one.
+        per: The subject around the account that is charged, None for the account itself.
+        prefix: The key without the subject.
+        catch_all: True in the last of several tiers, where strangers land.
+        names: The quotas' names, in their order.
+        packed: What a take of cost 1 charges, as the store's script reads it.
+        packed_peek: The same for cost 0.
+    """
+
+    quotas: tuple[Quota, ...]
+    per: str | None
+    prefix: str
+    catch_all: bool
+    names: tuple[str, ...] = field(init=False)
+    packed: bytes = field(init=False, repr=False)
+    packed_peek: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(quota.name for quota in self.quotas))
+        object.__setattr__(self, "packed", self._pack(1))
+        object.__setattr__(self, "packed_peek", self._pack(0))
+
+    def key(self, account: Account) -> str:
+        """Return the key of the account's buckets.
+
+        An account that is not within such a subject stands alone, as a subject of its own that no
+        id can spell.
+
+        Raises:
+            UsageError: An id cannot be stored.
+        """
+        if self.per is None:
+            return self.prefix + subject_name(account.id, ADDRESS if account.anonymous else "")
+        subject = account.within.get(self.per)
+        if subject is None:
+            mark = STAND_IN + ADDRESS if account.anonymous else STAND_IN
+            return self.prefix + subject_name(account.id, mark)
+        return self.prefix + subject_name(subject)
+
+    def packed_for(self, cost: int) -> bytes:
+        """Return what a take of `cost` charges, as the store's script reads it."""
+        if cost == 1:
+            return self.packed
+        return self.packed_peek if cost == 0 else self._pack(cost)
+
+    def _pack(self, cost: int) -> bytes:
+        """Return per quota: the tag, then increment, window and clamp as little-endian doubles.
+
+        All are whole microseconds below 2**53, which a double holds exactly.
+        """
+        return b"".join(
+            pack(
+                "<4sddd",
+                quota.tag,
+                float(cost * quota.interval_us),
+                float(quota.window_us),
+                float(quota.clamp_us),
+            )
+            for quota in self.quotas
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """Hold one cell, ready to be charged.
+
+    Attributes:
+        cell: What the policy says.
+        feature: The feature it says it of.
+        shelves: The quotas, by the subject that is charged.
+        quotas: The quotas in the order of the shelves, which is the order of a reply's debts.
+        most: The largest cost that can ever fit, None where there are no quotas.
+    """
+
+    cell: Cell
+    feature: Feature
+    shelves: tuple[Shelf, ...]
+    quotas: tuple[Quota, ...]
+    most: int | None
+
+
+class Table:
+    """Answer the three questions of a request: which feature, which tier, which cell.
+
+    Built once per policy and namespace; never changed.
+    """
+
+    __slots__ = ("_by_plan", "_entries", "_last", "_matcher", "_planless", "asks_age", "policy")
+
+    def __init__(self, policy: Policy, namespace: str) -> None:
+        self.policy = policy
+        self._matcher: Matcher[tuple[str, int]] = Matcher(
+            (route, (feature.name, cost))
+            for feature in policy.features.values()
+            for route, cost in feature.routes
+        )
+        self._entries: dict[str, dict[str, Entry]] = {
+            tier.name: {
+                name: _entry(
+                    cell, policy.features[name], namespace, i > 0 and i == len(policy.tiers) - 1
+                )
+                for name, cell in tier.cells.items()
+            }
+            for i, tier in enumerate(policy.tiers)
+        }
+        whens = [(tier.name, tier.when) for tier in policy.tiers if tier.when is not None]
+        plans = {plan for _, when in whens for plan in when.plan or ()}
+        self._last = policy.tiers[-1].name
+        self._by_plan = {plan: _rows_for(plan, whens) for plan in plans}
+        self._planless = _rows_for(None, whens)
+        self.asks_age = any(when.asks_age for _, when in whens)
+
+    def match(self, method: str, path: str) -> tuple[str, int] | None:
+        """Return the feature that a request is metered as, and its cost; None if it is not."""
+        return self._matcher.match(method, path)
+
+    def tier_of(self, account: Account, now: int) -> str:
+        """Return the first tier whose `when` the account meets at the instant `now`."""
+        plan = account.plan
+        rows = self._planless if plan is None else self._by_plan.get(plan, self._planless)
+        for name, when in rows:
+            if when.failing_word(account, now) is None:
+                return name
+        return self._last
+
+    def entry(self, tier: str, feature: str) -> Entry:
+        """Return the cell of a tier and a feature; a name that is not there is a KeyError."""
+        return self._entries[tier][feature]
+
+    def row(self, tier: str) -> Mapping[str, Entry]:
+        """Return a tier's cells by feature."""
+        return self._entries[tier]
+
+
+def _entry(cell: Cell, feature: Feature, namespace: str, catch_all: bool) -> Entry:
+    kinds: dict[str | None, list[Quota]] = {}
+    for quota in cell.quotas:
+        kinds.setdefault(quota.per, []).append(quota)
+    shelves = tuple(
+        Shelf(tuple(quotas), per, key_prefix(namespace, 0, cell.feature, cell.tier, per), catch_all)
+        for per, quotas in kinds.items()
+    )
+    shelved = tuple(quota for shelf in shelves for quota in shelf.quotas)
+    most = min((quota.capacity for quota in shelved), default=None)
+    return Entry(cell, feature, shelves, shelved, most)
+
+
+def _rows_for(plan: str | None, whens: list[tuple[str, When]]) -> tuple[tuple[str, When], ...]:
+    """Return the tiers with a `when` that an account of this plan could meet, in order."""
+    return tuple((name, when) for name, when in whens if when.plan is None or plan in when.plan)

@@ -1,0 +1,101 @@
+--[[
+take -- charge every bucket, or none of them.
+
+KEYS[i]    the key of one subject's buckets; one hash tag; the same key may stand there twice
+ARGV[1]    now in microseconds, or "" for the server's TIME
+ARGV[1+i]  what KEYS[i] is charged, 28 bytes per bucket:
+             name tag (4 bytes), increment, window and clamp (little-endian doubles, microseconds)
+
+Returns {allowed, now, debt_1, ..., debt_n}
+  allowed   1 if all was charged, 0 if nothing was
+  now       the instant of the decision, in microseconds
+  debt_j    microseconds until bucket j, in the order of ARGV, is full: after charging if allowed,
+            as it stands otherwise
+
+A key holds 12 bytes per bucket: name tag, full_at (little-endian double, exact up to 2^53 us, the
+year 2255). A bucket that is full is not there.
+
+Clock:  Redis TIME. Callers' clocks are never sent outside tests.
+Writes: after everything is read and checked, one SET with an expiry per key that changes. A denial
+        changes a key only to lower an instant beyond its clamp. An increment of 0 peeks.
+]]
+
+local explicit_now = ARGV[1]
+local now
+if explicit_now == '' then
+  local time = redis.call('TIME')
+  now = time[1] * 1000000 + time[2]
+else
+  now = tonumber(explicit_now)
+end
+
+local stored = {}    -- key -> tag -> full_at, as it stands
+local charged = {}   -- key -> tag -> full_at, after charging
+local changed = {}   -- key -> what to write, if anything
+local lowered = {}   -- key -> true where a clamp lowered an instant
+local buckets = {}   -- {key, tag}, in the order of the reply
+local allowed = true
+
+for i = 1, #KEYS do
+  local key, charges = KEYS[i], ARGV[1 + i]
+  local before, after = stored[key], charged[key]
+  if not before then
+    before, after = {}, {}
+    stored[key], charged[key] = before, after
+    local held = redis.call('GET', key)
+    if held then
+      for at = 1, #held, 12 do
+        local tag, full_at = struct.unpack('<c4d', held, at)
+        if full_at > now then
+          before[tag], after[tag] = full_at, full_at
+        end
+      end
+    end
+  end
+  for at = 1, #charges, 28 do
+    local tag, increment, window, clamp = struct.unpack('<c4ddd', charges, at)
+    local full_at = after[tag] or now
+    if full_at > now + clamp then
+      full_at = now + clamp
+      before[tag] = full_at
+      if increment > 0 then
+        lowered[key] = true
+      end
+    end
+    local candidate = full_at + increment
+    if candidate - now > window then
+      allowed = false
+    end
+    after[tag] = candidate
+    buckets[#buckets + 1] = {key, tag}
+    if increment > 0 then
+      changed[key] = true
+    end
+  end
+end
+
+local final = allowed and charged or stored
+local writes = allowed and changed or lowered
+
+for key in pairs(writes) do
+  local records, latest = {}, now
+  for tag, full_at in pairs(final[key]) do
+    if full_at > now then
+      records[#records + 1] = struct.pack('<c4d', tag, full_at)
+      latest = math.max(latest, full_at)
+    end
+  end
+  local ttl_ms = math.ceil((latest - now) / 1000)
+  if explicit_now ~= '' then
+    -- The server's own clock expires keys: with another one in charge they must not go early.
+    ttl_ms = math.max(ttl_ms, 3600000)
+  end
+  redis.call('SET', key, table.concat(records), 'PX', string.format('%.0f', ttl_ms))
+end
+
+local reply = {allowed and 1 or 0, now}
+for j = 1, #buckets do
+  local key, tag = buckets[j][1], buckets[j][2]
+  reply[2 + j] = (final[key][tag] or now) - now
+end
+return reply

@@ -1,0 +1,280 @@
+"""The outcome of a take, and the answer that a denied client gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Literal
+
+from starlette.types import Receive, Scope, Send
+
+from tieredlimit._core.bucket import next_token_us, remaining, wait_us
+from tieredlimit._core.fields import (
+    Field,
+    legacy_fields,
+    rate_limit_fields,
+    whole_seconds,
+    zero_fields,
+)
+from tieredlimit._core.messages import choose
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.rate import SECOND_US
+from tieredlimit._core.tier import Cell
+from tieredlimit.errors import Denied, UsageError
+
+__all__ = ["Decision", "Denial", "QuotaState", "Reason"]
+
+Reason = Literal["allowed", "quota", "zero", "closed", "pool", "concurrency", "outage"]
+
+STATUSES: Mapping[Reason, int] = {
+    "quota": 429,
+    "zero": 403,
+    "closed": 403,
+    "pool": 429,
+    "concurrency": 429,
+    "outage": 503,
+}
+"""The status of a denial, by reason."""
+
+_TYPES = "https://iana.org/assignments/http-problem-types#"
+_EXCEEDED = (
+    f"{_TYPES}quota-exceeded",
+    "Request cannot be satisfied as assigned quota has been exceeded",
+)
+_REDUCED = (
+    f"{_TYPES}temporary-reduced-capacity",
+    "Request cannot be satisfied due to temporary server capacity constraints",
+)
+# RFC 9457, section 4.2.1: with about:blank, the title is the status' own phrase.
+_PROBLEMS = {"quota": _EXCEEDED, "concurrency": _EXCEEDED, "zero": ("about:blank", "")}
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaState:
+    """Show one quota's bucket at the instant of a decision.
+
+    Attributes:
+        name: The quota's name.
+        capacity: Tokens in a full bucket.
+        remaining: Whole tokens in it now, None where the store was not asked.
+        denies: True if this bucket stands in the way of the cost.
+        retry_after: Seconds until the cost fits, 0 if it does, None where it never will.
+        per: The subject around the account that is charged, None for the account itself.
+        window_us: Microseconds from empty to full.
+        next_token_us: Microseconds until there is one more whole token, None in a full bucket.
+    """
+
+    name: str
+    capacity: int
+    remaining: int | None
+    denies: bool
+    retry_after: float | None
+    per: str | None
+    window_us: int
+    next_token_us: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Hold the outcome of a take.
+
+    Attributes:
+        allowed: Whether the request may go on.
+        reason: `allowed`, or why not; `outage` either way where the store could not be asked.
+        cell: What the policy says for this tier and feature.
+        cost: The tokens asked for.
+        retry_after: Seconds until this cost fits, the latest over the denying quotas; None where
+            it is allowed, where no time is known, and where it never fits.
+        limits: The quotas that were asked, in the order of `debts`.
+        debts: Per quota, the microseconds until its bucket is full; empty where the store was not
+            asked.
+    """
+
+    allowed: bool
+    reason: Reason
+    cell: Cell
+    cost: int
+    retry_after: float | None = None
+    limits: tuple[Quota, ...] = ()
+    debts: Sequence[int] = ()
+
+    @property
+    def feature(self) -> str:
+        """What was asked for."""
+        return self.cell.feature
+
+    @property
+    def tier(self) -> str:
+        """The row of the policy that the account fell in."""
+        return self.cell.tier
+
+    @property
+    def remaining(self) -> int | None:
+        """Whole tokens in the tightest bucket; None where nothing limits or nobody was asked."""
+        if self.reason == "zero":
+            return 0
+        if not self.debts:
+            return None
+        return min(remaining(q, debt) for q, debt in zip(self.limits, self.debts, strict=True))
+
+    @property
+    def quotas(self) -> tuple[QuotaState, ...]:
+        """Every quota of the cell with its bucket; empty for zero, unlimited and an outage."""
+        debts: Sequence[int | None] = self.debts or [None] * len(self.limits)
+        return tuple(
+            self._state(quota, debt) for quota, debt in zip(self.limits, debts, strict=True)
+        )
+
+    def message(self, accept_language: str | None = None) -> str:
+        """Return the sentence for whoever was denied, in a language they accept; "" if allowed."""
+        return "" if self.allowed else self._message(accept_language)[1]
+
+    def raise_if_denied(self) -> None:
+        """Go on if allowed.
+
+        Raises:
+            Denied: It was not; `TieredLimitMiddleware` renders it as it renders its own denials.
+        """
+        if not self.allowed:
+            raise Denied(self)
+
+    def response(
+        self, *, statuses: Mapping[Reason, int] | None = None, legacy_fields: bool = False
+    ) -> Denial:
+        """Return the ASGI application that answers this denial, over HTTP or WebSocket.
+
+        `statuses` replaces the status of the reasons it names, `legacy_fields` adds
+        `X-RateLimit-*`.
+
+        Raises:
+            UsageError: The decision is to allow.
+        """
+        if self.allowed:
+            raise UsageError(f"{self.feature} was allowed: there is no denial to answer with")
+        return Denial(self, (statuses or {}).get(self.reason, STATUSES[self.reason]), legacy_fields)
+
+    def fields(self, *, legacy: bool = False) -> list[Field]:
+        """Return the response fields that tell a client where it stands, as raw ASGI headers.
+
+        A denial shows only the quotas that deny, so that no `t` is later than its Retry-After.
+        """
+        if self.reason == "zero":
+            return zero_fields([self.feature])
+        shown = self.quotas if self.allowed else [quota for quota in self.quotas if quota.denies]
+        return rate_limit_fields(shown) + (legacy_fields(shown) if legacy else [])
+
+    def _state(self, quota: Quota, debt: int | None) -> QuotaState:
+        never_fits = self.cost > quota.capacity
+        if debt is None:
+            wait: int | None = None if never_fits else 0
+            left, next_us = None, None
+        else:
+            # Where it was allowed the debts stand after charging: the cost did fit.
+            wait = 0 if self.allowed else wait_us(quota, debt, self.cost)
+            left, next_us = remaining(quota, debt), next_token_us(quota, debt)
+        return QuotaState(
+            quota.name,
+            quota.capacity,
+            left,
+            wait is None or wait > 0,
+            None if wait is None else wait / SECOND_US,
+            quota.per,
+            quota.window_us,
+            next_us,
+        )
+
+    def _message(self, accept_language: str | None) -> tuple[str, str]:
+        # An outage is ours, not the policy's: what it says to denied users would mislead.
+        if self.cell.messages and self.reason != "outage":
+            return choose(self.cell.messages, accept_language)
+        return "en", self._plain_message()
+
+    def _plain_message(self) -> str:
+        feature = self.feature
+        match self.reason:
+            case "zero":
+                return f"{feature} is not available to this account."
+            case "outage":
+                return f"{feature} cannot be served right now. Please try again in a moment."
+            case _ if self.retry_after is None:
+                return f"This request costs {self.cost}, more than {feature} ever allows at once."
+            case _:
+                seconds = whole_seconds(round(self.retry_after * SECOND_US))
+                plural = "" if seconds == 1 else "s"
+                return f"The quota for {feature} is used up. Try again in {seconds} second{plural}."
+
+
+class Denial:
+    """Answer a denied request: problem details (RFC 9457) over HTTP, a refusal over WebSocket.
+
+    `body`, `headers` (raw, without a language's) and `status` are what will be sent.
+    """
+
+    def __init__(self, decision: Decision, status: int, legacy: bool) -> None:
+        self.decision = decision
+        self.status = status
+        self.headers: list[Field] = [
+            (b"content-type", b"application/problem+json"),
+            (b"cache-control", b"no-store"),
+        ]
+        self._retry_after: int | None = None
+        if decision.retry_after is not None:
+            self._retry_after = whole_seconds(round(decision.retry_after * SECOND_US))
+            self.headers.append((b"retry-after", b"%d" % self._retry_after))
+        if len(decision.cell.messages) > 1:
+            self.headers.append((b"vary", b"accept-language"))
+        self.headers += decision.fields(legacy=legacy)
+
+    async def __call__(
+        self,
+        scope: Scope,
+        receive: Receive,  # noqa: ARG002 -- an ASGI application
+        send: Send,
+    ) -> None:
+        """Send the answer."""
+        kind = "http.response"
+        if scope["type"] == "websocket":
+            kind = "websocket.http.response"
+            if kind not in (scope.get("extensions") or {}):
+                # Closing before accepting is all that is left: servers turn it into a plain 403.
+                await send({"type": "websocket.close", "code": 1008, "reason": ""})
+                return
+        language, body = self.body(_accept_language(scope))
+        headers = [*self.headers, (b"content-length", b"%d" % len(body))]
+        if language:
+            headers.append((b"content-language", language.encode()))
+        await send({"type": f"{kind}.start", "status": self.status, "headers": headers})
+        await send({"type": f"{kind}.body", "body": body})
+
+    def body(self, accept_language: str | None = None) -> tuple[str, bytes]:
+        """Return the language tag ("" for unsaid) and the problem document, as UTF-8 JSON."""
+        decision = self.decision
+        language, detail = decision._message(accept_language)  # noqa: SLF001 -- its other half
+        kind, title = _PROBLEMS.get(decision.reason, _REDUCED)
+        violated = [quota.name for quota in decision.quotas if quota.denies]
+        problem = {
+            "type": kind,
+            "title": title or _phrase(self.status),
+            "status": self.status,
+            "detail": detail,
+            "violated-policies": [decision.feature] if decision.reason == "zero" else violated,
+            "reason": decision.reason,
+            "feature": decision.feature,
+            "tier": decision.tier,
+            "retry_after": self._retry_after,
+        }
+        return language, json.dumps(problem, ensure_ascii=False).encode()
+
+
+def _accept_language(scope: Scope) -> str | None:
+    values = [value for name, value in scope.get("headers", ()) if name == b"accept-language"]
+    return b",".join(values).decode("latin-1") if values else None
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Denied"

@@ -1,0 +1,283 @@
+"""The front of it all: from an account and a feature to a decision."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.bucket import wait_us
+from tieredlimit._core.policy import Policy
+from tieredlimit._core.quota import MAX_AMOUNT
+from tieredlimit._core.rate import SECOND_US
+from tieredlimit._core.reading import did_you_mean
+from tieredlimit._core.table import Entry, Table
+from tieredlimit.backends import Backend, Charge, MemoryBackend, RedisBackend
+from tieredlimit.decision import Decision
+from tieredlimit.errors import BackendError, UsageError
+
+__all__ = ["Limiter"]
+
+DEFAULT_NAMESPACE = "default"
+
+_NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
+_SWITCH = {
+    "1": True, "true": True, "yes": True, "on": True,
+    "0": False, "false": False, "no": False, "off": False,
+}  # fmt: skip
+# Denied clients of an outage come back within these seconds, not all at once.
+_OUTAGE_RETRY = (1.0, 5.0)
+_LOG_INTERVAL = 1.0
+
+_log = logging.getLogger("tieredlimit")
+
+
+class Limiter:
+    """Decide whether an account may use a feature now, and charge it if so.
+
+    Open it with `async with`, or let the middleware, or the first take, open it; it may be used in
+    several event loops and after a fork, and again after it was closed.
+
+    Args:
+        policy: A `Policy`, a document as a mapping, or the path of a TOML file.
+        backend: A Redis URL, or a `Backend`; None keeps buckets in this process.
+        namespace: Keeps the buckets of several applications on one Redis apart; 1 to 32 of
+            `a-z`, `0-9`, `_` and `-`.
+        enabled: False allows everything and never asks the backend.
+
+    Raises:
+        PolicyError: The policy has faults.
+        UsageError: The backend or the namespace cannot be used.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Mapping[str, Any] | str | Path,
+        backend: Backend | str | None = None,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        enabled: bool = True,
+    ) -> None:
+        if not _NAMESPACE.fullmatch(namespace):
+            raise UsageError(f"a namespace is 1 to 32 of a-z, 0-9, _ and -, got {namespace!r:.80}")
+        if isinstance(policy, (str, Path)):
+            policy = Policy.load(policy)
+        elif not isinstance(policy, Policy):
+            policy = Policy.from_dict(policy)
+        if backend is None:
+            backend = MemoryBackend()
+        elif isinstance(backend, str):
+            backend = RedisBackend.from_url(backend)
+        self.enabled = enabled
+        self.namespace = namespace
+        self.backend = backend
+        self._table = Table(policy, namespace)
+        self._outages = _Outages()
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Build a limiter from the environment.
+
+        `TIEREDLIMIT_POLICY` names the policy file, or several joined by the system's path
+        separator, each laid over the ones before. `TIEREDLIMIT_REDIS` is a Redis URL; without one
+        buckets are kept in this process. `TIEREDLIMIT_NAMESPACE` and `TIEREDLIMIT_ENABLED` (0 or
+        1) are what the arguments of those names are.
+
+        Raises:
+            PolicyError: The policy has faults.
+            UsageError: A variable is missing or cannot be used.
+        """
+        paths = [
+            path for path in os.environ.get("TIEREDLIMIT_POLICY", "").split(os.pathsep) if path
+        ]
+        if not paths:
+            raise UsageError("TIEREDLIMIT_POLICY must name a policy file, and is not set")
+        switch = os.environ.get("TIEREDLIMIT_ENABLED") or "1"
+        if switch.lower() not in _SWITCH:
+            raise UsageError(f"TIEREDLIMIT_ENABLED must be 0 or 1, got {switch!r:.80}")
+        return cls(
+            Policy.load(*paths),
+            os.environ.get("TIEREDLIMIT_REDIS") or None,
+            namespace=os.environ.get("TIEREDLIMIT_NAMESPACE") or DEFAULT_NAMESPACE,
+            enabled=_SWITCH[switch.lower()],
+        )
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._table.policy
+
+    def outage(self, feature: str, cost: int, error: Exception) -> Decision:
+        """Return the feature's outage answer, for who could not even be identified."""
+        entry = self._table.entry(self.policy.tiers[-1].name, feature)
+        return self._outages.answer(entry, cost, error)
+
+    async def open(self) -> None:
+        """Get the backend ready in this event loop; a backend that is down is only logged."""
+        if self.enabled:
+            await self.backend.open()
+
+    async def close(self) -> None:
+        """Give back what this event loop holds. Buckets stay; a later take opens again."""
+        await self.backend.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def match(self, method: str, path: str) -> tuple[str, int] | None:
+        """Return the feature and the cost that a request is metered as, None if it is not.
+
+        `path` is decoded and below the application's root path.
+        """
+        return self._table.match(method, path)
+
+    async def take(self, account: Account, feature: str, cost: int = 1) -> Decision:
+        """Charge `cost` tokens to every quota of the account's cell, or to none.
+
+        A cost of 0 charges nothing. Where the backend cannot answer, the decision is the feature's
+        outage answer, with reason `outage`; zero denies all the same.
+
+        Raises:
+            UsageError: The feature is unknown, the cost is no whole number from 0 to 10**9, or an
+                id cannot be stored. Nothing was charged.
+        """
+        entry = self._entry(account, feature, cost)
+        decision = self._without_asking(entry, cost)
+        if decision is not None:
+            return decision
+        charges = [Charge(shelf.key(account), shelf, cost) for shelf in entry.shelves]
+        try:
+            reply = await self.backend.take(charges)
+        except BackendError as exc:
+            return self._outages.answer(entry, cost, exc)
+        if reply.allowed:
+            return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, reply.debts)
+        return _denial(entry, cost, reply.debts)
+
+    async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
+        """Return what `take` would decide now, charging nothing.
+
+        Raises:
+            UsageError: As `take`.
+        """
+        entry = self._entry(account, feature, cost)
+        return (await self._peek_all(account, [entry], cost))[0]
+
+    async def usage(self, account: Account) -> dict[str, Decision]:
+        """Return what a take of cost 1 would decide for every feature, charging nothing.
+
+        One call to the backend at most, whatever the number of features.
+
+        Raises:
+            UsageError: An id of the account cannot be stored.
+        """
+        row = self._table.row(self._table.tier_of(account, self._now()))
+        decisions = await self._peek_all(account, list(row.values()), 1)
+        return dict(zip(row, decisions, strict=True))
+
+    def tier_of(self, account: Account) -> str:
+        """Return the name of the tier that the account falls in now, by the backend's clock."""
+        return self._table.tier_of(account, self._now())
+
+    def _now(self) -> int:
+        return self.backend.now() if self._table.asks_age else 0
+
+    def _entry(self, account: Account, feature: str, cost: int) -> Entry:
+        if type(cost) is not int or not 0 <= cost <= MAX_AMOUNT:
+            raise UsageError(f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {cost!r}")
+        table = self._table
+        try:
+            return table.entry(table.tier_of(account, self._now()), feature)
+        except KeyError:
+            known = list(table.policy.features)
+            hint = did_you_mean(feature, known)
+            raise UsageError(
+                f'unknown feature "{feature}"{hint}; known are {", ".join(known)}'
+            ) from None
+
+    def _without_asking(self, entry: Entry, cost: int) -> Decision | None:
+        """Return the decision that no bucket can change, None where buckets decide."""
+        cell = entry.cell
+        if not self.enabled:
+            return Decision(True, "allowed", cell, cost)
+        if entry.most is None:
+            return Decision(cell.unlimited, "allowed" if cell.unlimited else "zero", cell, cost)
+        if cost > entry.most:
+            return Decision(False, "quota", cell, cost, None, entry.quotas)
+        return None
+
+    async def _peek_all(
+        self, account: Account, entries: Sequence[Entry], cost: int
+    ) -> list[Decision]:
+        known = [self._without_asking(entry, cost) for entry in entries]
+        asked = [entry for entry, decision in zip(entries, known, strict=True) if not decision]
+        charges = [
+            Charge(shelf.key(account), shelf, 0) for entry in asked for shelf in entry.shelves
+        ]
+        decided = []
+        if charges:
+            try:
+                debts = list((await self.backend.take(charges)).debts)
+            except BackendError as exc:
+                decided = [self._outages.answer(entry, cost, exc) for entry in asked]
+            else:
+                for entry in asked:
+                    own, debts = debts[: len(entry.quotas)], debts[len(entry.quotas) :]
+                    decided.append(_judge(entry, cost, own))
+        rest = iter(decided)
+        return [decision or next(rest) for decision in known]
+
+
+def _denial(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
+    """Return the denial of a cost by buckets as they stand."""
+    # A cost that never fits is denied before any bucket is asked: every wait is known here.
+    waits = (wait_us(quota, debt, cost) for quota, debt in zip(entry.quotas, debts, strict=True))
+    latest = max(wait or 0 for wait in waits)
+    return Decision(False, "quota", entry.cell, cost, latest / SECOND_US, entry.quotas, debts)
+
+
+def _judge(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
+    """Return what a take would decide of buckets as they stand."""
+    decision = _denial(entry, cost, debts)
+    if decision.retry_after:
+        return decision
+    return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts)
+
+
+class _Outages:
+    """Answer where the backend could not, and say so in the log, at most once a second."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+        self._unsaid = 0
+
+    def answer(self, entry: Entry, cost: int, error: Exception) -> Decision:
+        allowed = entry.feature.outage == "allow"
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            _log.warning(
+                'no decision could be made: "%s" gets its outage answer "%s" (%d more like this '
+                "since the last line): %s",
+                entry.feature.name, entry.feature.outage, self._unsaid, error,
+            )  # fmt: skip
+            self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0
+        else:
+            self._unsaid += 1
+        retry_after = None if allowed else random.uniform(*_OUTAGE_RETRY)  # noqa: S311 -- to spread
+        return Decision(allowed, "outage", entry.cell, cost, retry_after)

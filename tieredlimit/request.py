@@ -1,0 +1,117 @@
+"""What one request has taken so far: the object at `request.state.tieredlimit`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from starlette.requests import HTTPConnection
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.fields import Field
+from tieredlimit.decision import Decision
+from tieredlimit.identity import Identify, resolve
+from tieredlimit.limiter import Limiter
+
+__all__ = ["STATE_KEY", "RequestLimits"]
+
+STATE_KEY = "tieredlimit"
+"""Where in `scope["state"]` the middleware puts it."""
+
+
+class RequestLimits:
+    """Take for one request, each feature once, whichever doors the request passes.
+
+    `decisions` holds what was decided so far, by feature.
+    """
+
+    __slots__ = (
+        "_account",
+        "_anonymous",
+        "_identify",
+        "_pending",
+        "connection",
+        "decisions",
+        "limiter",
+    )
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        connection: HTTPConnection,
+        identify: Identify | None,
+        anonymous: Identify,
+    ) -> None:
+        self.limiter = limiter
+        self.connection = connection
+        self.decisions: dict[str, Decision] = {}
+        self._identify = identify
+        self._anonymous = anonymous
+        self._account: Account | None = None
+        self._pending: dict[str, asyncio.Task[Decision]] = {}
+
+    async def account(self) -> Account:
+        """Return who this request is charged to, asking `identify` at most once.
+
+        Raises:
+            UsageError: `identify` answered with something else than an account or None.
+        """
+        account = self._account
+        if account is None:
+            for identify in (self._identify, self._anonymous):
+                answer = identify(self.connection) if identify else None
+                account = answer if isinstance(answer, Account) else await resolve(answer)
+                if account is not None:
+                    break
+            else:
+                account = Account("unknown", anonymous=True)
+            self._account = account
+        return account
+
+    async def take(
+        self, feature: str, cost: int = 1, *, account: Account | None = None
+    ) -> Decision:
+        """Charge the feature once in this request and return the decision.
+
+        A second take of the same feature charges nothing and returns the first one's decision.
+        `account` is who to charge instead of whom the middleware's `identify` names.
+
+        Raises:
+            UsageError: As `Limiter.take`.
+        """
+        decision = self.decisions.get(feature)
+        if decision is not None:
+            return decision
+        pending = self._pending.get(feature)
+        if pending is None:
+            # A task, so that a second door that comes while the first still waits joins it.
+            pending = asyncio.ensure_future(self.take_first(feature, cost, account))
+            self._pending[feature] = pending
+            pending.add_done_callback(lambda _: self._pending.pop(feature))
+        return await asyncio.shield(pending)
+
+    async def take_first(self, feature: str, cost: int, account: Account | None) -> Decision:
+        """Do what `take` does where nothing else can be taking the feature yet."""
+        account = account or await self.account()
+        decision = await self.limiter.take(account, feature, cost)
+        self.decisions[feature] = decision
+        return decision
+
+    def fields(self, *, legacy: bool) -> list[Field]:
+        """Return the response fields of everything taken, each field once."""
+        decisions = self.decisions.values()
+        if len(decisions) == 1:
+            return next(iter(decisions)).fields(legacy=legacy)
+        return _merge(decision.fields(legacy=legacy) for decision in decisions)
+
+
+def _merge(several: Iterable[list[Field]]) -> list[Field]:
+    """Join the fields of several decisions: lists grow, `X-RateLimit-*` are the first's."""
+    merged: dict[bytes, bytes] = {}
+    for fields in several:
+        for name, value in fields:
+            if name not in merged:
+                merged[name] = value
+            elif not name.startswith(b"x-"):
+                merged[name] += b", " + value
+    return list(merged.items())
