@@ -1,0 +1,185 @@
+"""The FastAPI dependency, inside a real FastAPI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Header
+
+from examples import fastapi_app
+from tieredlimit import Account, Decision, Limiter, TieredLimitMiddleware, UsageError
+from tieredlimit.integrations.fastapi import document_denials, limited
+
+POLICY: dict[str, Any] = {
+    "order": ["pro", "everyone"],
+    "features": {"image": {"routes": ["POST /routed"]}, "video": {}},
+    "tiers": {
+        "pro": {"when": {"plan": "pro"}, "quotas": {"image": "unlimited", "video": "4/hour"}},
+        "everyone": {"quotas": {"image": "2/hour", "video": 0}},
+    },
+}
+
+
+async def caller(x_user: Annotated[str, Header()] = "") -> Account | None:
+    return Account(x_user, plan="pro" if x_user == "ada" else "free") if x_user else None
+
+
+def build(limiter: Limiter, *, documented: bool = True) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(TieredLimitMiddleware, limiter=limiter)
+    router = APIRouter(prefix="/v1", dependencies=[Depends(limited("image", account=caller))])
+
+    @router.post("/images")
+    async def image(decision: Annotated[Decision, Depends(limited("image"))]) -> dict[str, Any]:
+        return {"tier": decision.tier, "remaining": decision.remaining}
+
+    @app.post("/videos")
+    async def video(
+        decision: Annotated[Decision, Depends(limited("video", account=caller, cost=3))],
+    ) -> dict[str, Any]:
+        return {"remaining": decision.remaining}
+
+    @app.post("/routed", dependencies=[Depends(limited("image", account=caller))])
+    async def routed() -> dict[str, str]:
+        return {}
+
+    @app.get("/free")
+    async def free() -> dict[str, str]:
+        return {}
+
+    app.include_router(router)
+    if documented:
+        document_denials(app)
+    return app
+
+
+@pytest.fixture
+async def limiter() -> AsyncIterator[Limiter]:
+    async with Limiter(POLICY) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(limiter: Limiter) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(build(limiter))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as opened:
+        yield opened
+
+
+async def test_dependency_charges_whom_the_applications_own_dependency_names(
+    client: httpx.AsyncClient,
+) -> None:
+    answers = [await client.post("/v1/images", headers={"x-user": user}) for user in "aabaa"]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+    assert answers[0].json() == {"tier": "everyone", "remaining": 1}
+
+
+async def test_feature_taken_by_two_dependencies_and_a_route_is_charged_once(
+    client: httpx.AsyncClient,
+) -> None:
+    first = await client.post("/v1/images", headers={"x-user": "u"})
+    routed = await client.post("/routed")
+
+    assert first.json()["remaining"] == 1
+    assert first.headers["ratelimit"].startswith('"image-hour";r=1')
+    assert routed.headers["ratelimit"].startswith('"image-hour";r=1')
+
+
+async def test_denial_from_a_dependency_is_rendered_as_the_middlewares_own(
+    client: httpx.AsyncClient,
+) -> None:
+    denied = await client.post("/videos", headers={"x-user": "bob"})
+
+    assert denied.status_code == 403
+    assert denied.headers["content-type"] == "application/problem+json"
+    assert denied.json()["reason"] == "zero"
+    assert denied.headers["ratelimit"] == '"video";r=0'
+
+
+async def test_cost_of_a_dependency_is_what_is_charged(client: httpx.AsyncClient) -> None:
+    first = await client.post("/videos", headers={"x-user": "ada"})
+    second = await client.post("/videos", headers={"x-user": "ada"})
+
+    assert (first.status_code, first.json()) == (200, {"remaining": 1})
+    assert second.status_code == 429
+    assert int(second.headers["retry-after"]) == 1800
+
+
+async def test_caller_without_an_account_is_charged_by_address(client: httpx.AsyncClient) -> None:
+    answers = [await client.post("/v1/images") for _ in range(3)]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+
+
+async def test_without_the_middleware_the_error_says_what_is_missing() -> None:
+    app = FastAPI()
+
+    @app.get("/", dependencies=[Depends(limited("image"))])
+    async def handler() -> None: ...
+
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+    with pytest.raises(UsageError, match="needs TieredLimitMiddleware"):
+        await client.get("/")
+    await client.aclose()
+
+
+def test_openapi_document_shows_the_denials_of_limited_operations_only(limiter: Limiter) -> None:
+    document = build(limiter).openapi()
+
+    limited_operations = [
+        document["paths"][path]["post"] for path in ("/v1/images", "/videos", "/routed")
+    ]
+    for operation in limited_operations:
+        assert {"403", "429", "503"} <= set(operation["responses"])
+        assert "Retry-After" in operation["responses"]["429"]["headers"]
+    assert set(document["paths"]["/free"]["get"]["responses"]) == {"200"}
+    assert "TieredLimitProblem" in document["components"]["schemas"]
+
+
+def test_openapi_document_shows_routes_metered_by_the_policy_where_a_limiter_is_given(
+    limiter: Limiter,
+) -> None:
+    app = FastAPI()
+
+    @app.post("/routed")
+    async def routed() -> None: ...
+
+    document_denials(app, limiter)
+
+    assert "429" in app.openapi()["paths"]["/routed"]["post"]["responses"]
+
+
+def test_openapi_document_keeps_what_the_application_said_of_a_status(limiter: Limiter) -> None:
+    app = FastAPI()
+    said = {429: {"description": "slow down"}}
+
+    @app.post("/routed", responses=said)  # type: ignore[arg-type]  # dict is invariant
+    async def routed() -> None: ...
+
+    document_denials(app, limiter)
+
+    assert app.openapi()["paths"]["/routed"]["post"]["responses"]["429"] == said[429]
+
+
+async def test_example_denies_video_to_who_has_not_paid_and_asks_strangers_for_a_key() -> None:
+    transport = httpx.ASGITransport(fastapi_app.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        stranger = await client.post("/v1/videos")
+        unknown = await client.post("/v1/videos", headers={"x-api-key": "key-eve"})
+        bob = await client.post("/v1/videos", headers={"x-api-key": "key-bob"})
+        ada = await client.post("/v1/videos", headers={"x-api-key": "key-ada"})
+        images = [
+            (await client.post("/v1/images", headers={"x-api-key": "key-bob"})).status_code
+            for _ in range(6)
+        ]
+        document = (await client.get("/openapi.json")).json()
+
+    assert (stranger.status_code, unknown.status_code) == (401, 401)
+    assert (bob.status_code, ada.status_code) == (403, 200)
+    assert images == [200] * 5 + [429]
+    assert "429" in document["paths"]["/v1/videos"]["post"]["responses"]
