@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Mount, Router
 from starlette.routing import Route as StarletteRoute
 
-from tieredlimit._core.routes import Matcher, Route, clashes
+from tieredlimit._core.matcher import Matcher
+from tieredlimit._core.routes import Route, clashes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,7 @@ def test_star_is_every_method() -> None:
 
 @pytest.mark.parametrize("text", ["* /x/{rest:path}", "POST|PUT /v1/{id}/"])
 def test_spelled_route_reads_back_as_the_same(text: str) -> None:
-    assert Route.parse(text).spell() == text
+    assert str(Route.parse(text)) == text
 
 
 @pytest.mark.parametrize("convertor", ["str", "path", "int", "float", "uuid"])
@@ -341,7 +342,10 @@ def test_longer_text_before_the_rest_wins() -> None:
         ("GET /a/x{r:path}", "GET /a/{id}", "/a/xy"),
         ("GET /a/x{r:path}", "GET /a/{r:path}yz", "/a/xyz"),
         ("GET /a/{id}.js", "GET /a/{r:path}.js", "/a/1.js"),
+        ("GET /a/{id}/b", "GET /a/{r:path}/b", "/a/1/b"),
         ("GET /a/{id}{r:path}", "GET /a/{r:path}", "/a/1"),
+        ("GET /a/{id}.js", "GET /a/{id}", "/a/1.js\n"),
+        ("GET /a/{r:path}.js", "GET /a/{r:path}", "/a/1.js\n"),
         ("GET /a/{id}.tar.gz", "GET /a/{id}.gz", "/a/1.tar.gz"),
     ],
 )
@@ -562,7 +566,7 @@ async def test_whatever_a_mounted_route_answers_is_metered(
     status = await ask([Mount(mount, routes=[StarletteRoute(template, endpoint)])], path + end)
     found = matcher(f"GET {mount}{template}").match("GET", path + end)
 
-    assert status == 404 or found is not None
+    assert status != 200 or found is not None
 
 
 async def test_a_mount_hands_its_child_too_much_before_a_last_newline() -> None:

@@ -9,9 +9,9 @@ from struct import pack
 from tieredlimit._core.account import Account
 from tieredlimit._core.condition import When
 from tieredlimit._core.keys import ADDRESS, STAND_IN, key_prefix, subject_name
+from tieredlimit._core.matcher import Matcher
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import Quota
-from tieredlimit._core.routes import Matcher
 from tieredlimit._core.tier import Cell, Feature
 
 

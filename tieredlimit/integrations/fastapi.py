@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
-from tieredlimit.decision import STATUSES, Decision
+from tieredlimit.decision import STATUSES, Decision, Reason
 from tieredlimit.errors import UsageError
 from tieredlimit.limiter import Limiter
 from tieredlimit.request import STATE_KEY, RequestLimits
@@ -118,7 +118,7 @@ def _describe(operation: dict[str, Any]) -> None:
         responses.setdefault(str(STATUSES[reason]), denial)
 
 
-_DENIALS = {
+_DENIALS: dict[Reason, str] = {
     "quota": "The quota is used up; try again after Retry-After.",
     "zero": "The feature is not open to this account.",
     "outage": "The feature cannot be served at the moment; try again after Retry-After.",
