@@ -27,7 +27,8 @@ class Account:
             id never shares a bucket with an account of the same id.
 
     Raises:
-        UsageError: An id is empty or no string, or `created_at` has no time zone.
+        UsageError: An id is empty or no string, `created_at` is no instant with a time zone, or
+            another attribute has the wrong type.
     """
 
     id: str
@@ -38,14 +39,24 @@ class Account:
     anonymous: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        _require_id("account id", self.id)
-        if self.within:
-            for per, subject in self.within.items():
-                _require_id(f"within[{per!r}]", subject)
-        if isinstance(self.tags, str):
-            raise UsageError(f"tags must be a collection of strings, got the string {self.tags!r}")
+        # Made for every metered request: what is usual passes without a call.
+        if type(self.id) is not str or not self.id:
+            _require_id("account id", self.id)
+        if self.plan is not None and not isinstance(self.plan, str):
+            raise UsageError(f"plan must be a string or None, got {_told(self.plan)}")
+        if type(self.within) is not dict and not isinstance(self.within, Mapping):
+            raise UsageError(f"within must be a mapping, got {_told(self.within)}")
+        for per, subject in self.within.items():
+            if type(subject) is not str or not subject:
+                _require_id(f"within[{per!r:.80}]", subject)
+        if self.tags or type(self.tags) is not frozenset:
+            _require_tags(self.tags)
         created_at = self.created_at
-        if created_at is not None and created_at.tzinfo is None:
+        if created_at is None:
+            return
+        if not isinstance(created_at, datetime):
+            raise UsageError(f"created_at must be a datetime or None, got {_told(created_at)}")
+        if created_at.utcoffset() is None:
             raise UsageError(f"created_at must have a time zone, got {created_at.isoformat()}")
 
     def created_us(self) -> int | None:
@@ -56,7 +67,19 @@ class Account:
 
 
 def _require_id(place: str, value: object) -> None:
-    if type(value) is not str:
-        raise UsageError(f"{place} must be a string, got {type(value).__name__} {value!r:.80}")
+    if not isinstance(value, str):
+        raise UsageError(f"{place} must be a string, got {_told(value)}")
     if not value:
         raise UsageError(f"{place} must not be empty")
+
+
+def _require_tags(tags: object) -> None:
+    if isinstance(tags, str) or not isinstance(tags, Collection):
+        raise UsageError(f"tags must be a collection of strings, got {_told(tags)}")
+    for tag in tags:
+        if not isinstance(tag, str):
+            raise UsageError(f"tags must be strings, got {_told(tag)}")
+
+
+def _told(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.80}"

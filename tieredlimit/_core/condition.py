@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.rate import spell_duration
+from tieredlimit._core.rate import parse_duration, parse_instant, spell_duration, spell_instant
+from tieredlimit._core.reading import Reading, join, spell
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+WORDS = (
+    "plan",
+    "account_age_below",
+    "account_age_above",
+    "created_before",
+    "created_after",
+    "tags",
+    "anonymous",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +87,16 @@ class When:
         """Say why no account can ever match, None if one can."""
         below, above = self.account_age_below_us, self.account_age_above_us
         if below is not None and above is not None and above >= below:
-            return "account_age_above is not below account_age_below"
+            return (
+                f"account_age_above ({spell_duration(above)}) must be below "
+                f"account_age_below ({spell_duration(below)})"
+            )
         before, after = self.created_before_us, self.created_after_us
         if before is not None and after is not None and after >= before:
-            return "created_after is not before created_before"
+            return (
+                f"created_after ({spell_instant(after)}) must be before "
+                f"created_before ({spell_instant(before)})"
+            )
         return None
 
     def covers(self, other: When) -> bool:
@@ -99,11 +114,14 @@ class When:
             and _at_least(other.created_after_us, self.created_after_us)
         )
 
-    def by_plan(self) -> list[When]:
-        """Return one `When` per plan named, so that each plan can be looked at by itself."""
-        if self.plan is None:
-            return [self]
-        return [replace(self, plan=frozenset({plan})) for plan in sorted(self.plan)]
+    def parts(self) -> list[When]:
+        """Return one `When` per plan, with and without an account: together they say the same.
+
+        A part may be covered where the whole is only covered by several others together.
+        """
+        plans = [None] if self.plan is None else [frozenset({plan}) for plan in sorted(self.plan)]
+        kinds = [True, False] if self.anonymous is None else [self.anonymous]
+        return [replace(self, plan=plan, anonymous=kind) for plan in plans for kind in kinds]
 
     def spell(self, word: str) -> str:
         """Return what one word asks for, as an operator reads it."""
@@ -119,9 +137,9 @@ class When:
             case "account_age_above":
                 return f"account is at least {spell_duration(self.account_age_above_us or 0)} old"
             case "created_before":
-                return f"created before {_spell_instant(self.created_before_us or 0)}"
+                return f"created before {spell_instant(self.created_before_us or 0)}"
             case _:
-                return f"created at or after {_spell_instant(self.created_after_us or 0)}"
+                return f"created at or after {spell_instant(self.created_after_us or 0)}"
 
     def words(self) -> list[str]:
         """Return the words given, in the order in which they are checked."""
@@ -137,6 +155,38 @@ class When:
         return [word for word, there in given.items() if there]
 
 
+def read_when(reading: Reading, path: str, value: Any) -> When | None:
+    """Read a `when`; None where it has a fault."""
+    before = len(reading.faults)
+    words = reading.table(path, value)
+    reading.known(path, words, WORDS)
+    if words is value and not words:
+        reading.fault(path, "is empty; leave it out in the last tier, say a word in the others")
+    given: dict[str, Any] = {}
+    for word in WORDS:
+        if word not in words:
+            continue
+        place, said = join(path, word), words[word]
+        match word:
+            case "plan" | "tags":
+                given[word] = reading.strings(place, said)
+            case "account_age_below" | "account_age_above":
+                given[f"{word}_us"] = reading.parse(place, parse_duration, said)
+            case "created_before" | "created_after":
+                given[f"{word}_us"] = reading.parse(place, parse_instant, said)
+            case _:
+                given[word] = said
+                if not isinstance(said, bool):
+                    reading.fault(place, f"must be true or false, got {spell(said)}")
+    if len(reading.faults) > before:
+        return None
+    when = When(**given)
+    if contradiction := when.contradiction():
+        reading.fault(path, f"matches nobody: {contradiction}")
+        return None
+    return when
+
+
 def _within(inner: frozenset[str] | None, outer: frozenset[str] | None) -> bool:
     return outer is None or (inner is not None and inner <= outer)
 
@@ -147,8 +197,3 @@ def _at_most(inner: int | None, outer: int | None) -> bool:
 
 def _at_least(inner: int | None, outer: int | None) -> bool:
     return outer is None or (inner is not None and inner >= outer)
-
-
-def _spell_instant(instant_us: int) -> str:
-    instant = _EPOCH + timedelta(microseconds=instant_us)
-    return instant.isoformat().replace("+00:00", "Z")

@@ -35,7 +35,7 @@ def _ranges(header: str) -> Iterable[str]:
             weight = float(value) if name.strip().lower() == "q" else 1.0
         except ValueError:
             weight = 0.0
-        if tag.strip() and weight > 0:
+        if tag.strip() and 0 < weight <= 1:
             weighed.append((-weight, len(weighed), tag.strip().lower()))
     return [tag for _, _, tag in sorted(weighed)]
 

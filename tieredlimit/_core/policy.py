@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredlimit._core.document import read_document
-from tieredlimit._core.overlay import overlay
+from tieredlimit._core.overlay import origin_of, overlay, places
 from tieredlimit._core.tier import Cell, Feature, Tier
 from tieredlimit.errors import Fault, PolicyError
 
@@ -30,15 +30,24 @@ class Policy:
     def load(cls, *paths: str | Path) -> Policy:
         """Read a TOML file, and lay any further ones over it in turn.
 
+        Tables merge; a cell, a message, a `when` and a feature's `routes` are replaced whole. With
+        several files, each fault and warning ends with the one that its place comes from.
+
         Raises:
             PolicyError: A file cannot be read, is no TOML, or the policy has faults: all of them.
         """
         if not paths:
             raise PolicyError([Fault("", "no file given")])
         document: dict[str, Any] = {}
+        origins: dict[str, str] = {}
         for path in paths:
-            document = overlay(document, _read(Path(path)))
-        return cls.from_dict(document, source=" + ".join(str(path) for path in paths))
+            above = _read(Path(path))
+            document = overlay(document, above)
+            origins.update(dict.fromkeys(places(above), str(path)))
+        source = " + ".join(str(path) for path in paths)
+        if len(paths) == 1:
+            return cls.from_dict(document, source=source)
+        return cls(*read_document(document, source, lambda place: origin_of(place, origins)))
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, source: str = "") -> Policy:
@@ -61,10 +70,15 @@ class Policy:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as exc:
-        raise PolicyError([Fault("", f"cannot be read: {exc.strerror or exc}")], str(path)) from exc
+        # Some editors begin a file with a byte order mark, which TOML does not know.
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise PolicyError([Fault("", f"is not UTF-8 at byte {exc.start}")], str(path)) from exc
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise PolicyError([Fault("", f"cannot be read: {reason}")], str(path)) from exc
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as exc:
+        # A number of more than 4,300 digits is a plain ValueError, and deep nesting ends the stack.
         raise PolicyError([Fault("", f"is not TOML: {exc}")], str(path)) from exc

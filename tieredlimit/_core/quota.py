@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from tieredlimit._core.rate import SECOND_US, TEN_YEARS_US, Rate, parse_rate, spell_duration
+from tieredlimit._core.rate import DAY_US, SECOND_US, TEN_YEARS_US, Rate, parse_rate
+from tieredlimit._core.reading import spell
 
 MAX_AMOUNT = 1_000_000_000
 """The largest capacity and the largest cost, in tokens."""
-
-_ROUNDING_FAULT = 0.01
-_ROUNDING_WARNING = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +49,21 @@ def interval_of(rate: Rate) -> tuple[int, str | None]:
     Raises:
         ValueError: Rounding would change the rate by more than 1 %.
     """
+    if rate.amount > rate.period_us:
+        raise ValueError('is more than a token a microsecond; at most "1000000/second"')
     interval_us = -(-rate.period_us // rate.amount)
-    error = interval_us * rate.amount / rate.period_us - 1
-    if error <= _ROUNDING_WARNING:
+    # In whole numbers, for the bounds to be exact: off / period is how far off it gets.
+    off_us = interval_us * rate.amount - rate.period_us
+    if off_us * 1_000 <= rate.period_us:
         return interval_us, None
     nearest = " or ".join(
-        f'"{_spell_exact(candidate)}"' for candidate in (interval_us, interval_us - 1) if candidate
+        f'"{_spell_exact(candidate)}"' for candidate in (interval_us, interval_us - 1)
     )
-    told = f"is {error:.2%} slower once rounded to whole microseconds; exact nearby: {nearest}"
-    if error > _ROUNDING_FAULT:
+    told = (
+        f"is {off_us / rate.period_us:.2%} off once rounded to whole microseconds; "
+        f"exact nearby: {nearest}"
+    )
+    if off_us * 100 > rate.period_us:
         raise ValueError(told)
     return interval_us, told
 
@@ -71,14 +75,23 @@ def parse_quota_rate(text: str, capacity: int | None) -> tuple[Rate, int, int, s
         ValueError: The rate, its rounding or the bucket's window is out of bounds.
     """
     rate = parse_rate(text)
-    interval_us, warning = interval_of(rate)
+    try:
+        interval_us, warning = interval_of(rate)
+    except ValueError as exc:
+        raise ValueError(f"{spell(text)} {exc}") from None
     tokens = rate.amount if capacity is None else capacity
     if tokens > MAX_AMOUNT:
-        raise ValueError(f"a capacity of {tokens} is over the bound of {MAX_AMOUNT}")
+        raise ValueError(
+            f"{spell(text)} makes a capacity of {tokens:,}; at most {MAX_AMOUNT:,}: give a capacity"
+        )
     if tokens * interval_us > TEN_YEARS_US:
-        window = spell_duration(tokens * interval_us // SECOND_US * SECOND_US)
-        raise ValueError(f"takes {window} from empty to full; at most 10 years (3,650 days)")
-    return rate, tokens, interval_us, warning
+        most = TEN_YEARS_US // interval_us
+        fitting = f": a capacity of {most:,}" if most else ""
+        raise ValueError(
+            f"a capacity of {tokens:,} at {spell(text)} takes {tokens * interval_us // DAY_US:,} "
+            f"days from empty to full; at most 10 years (3,650 days){fitting}"
+        )
+    return rate, tokens, interval_us, warning and f"{spell(text)} {warning}"
 
 
 def _spell_exact(interval_us: int) -> str:
