@@ -11,7 +11,8 @@ from tieredlimit._core.table import Shelf
 class Charge(NamedTuple):
     """Ask for `cost` tokens from every bucket of one subject under one key.
 
-    `shelf` says which buckets these are, and their numbers as the caller's policy has them.
+    `shelf` says which buckets these are, and their numbers as the caller's policy has them. Charges
+    of one take with the same key have the same shelf.
     """
 
     key: str

@@ -45,6 +45,7 @@ class Link:
         self._connect_timeout = connect_timeout
         self._stall_timeout = stall_timeout
         self._connection: AbstractConnection | None = None
+        self._abort: Callable[[], None] = lambda: None
         self._reader: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
@@ -60,21 +61,20 @@ class Link:
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open())
             self._opening.add_done_callback(self._opened)
-        await asyncio.shield(self._opening)
+        opening = self._opening
+        await asyncio.wait([opening])
+        if opening.cancelled():
+            raise BackendError("the connection to Redis was closed while it was made")
+        opening.result()
 
-    async def call(self, *command: Any) -> Any:
-        """Send one command and return its reply.
+    async def send(self, *command: Any) -> Any:
+        """Send one command on the connection there is and return its reply.
 
         Raises:
             ResponseError: Redis refused the command.
             BackendError: There is no connection, or it broke before the reply: the command may
                 have run.
         """
-        await self.open()
-        return await self.send(*command)
-
-    async def send(self, *command: Any) -> Any:
-        """Do what `call` does on the connection there is."""
         connection = self._connection
         if connection is None:
             raise BackendError("no connection to Redis")
@@ -90,6 +90,12 @@ class Link:
             )
         except (RedisError, OSError) as exc:
             self._drop(connection, exc)
+        except asyncio.CancelledError:
+            # Redis reads too slowly and the caller gave up in mid-write: redis-py has closed the
+            # connection, and would make another one under our feet at the next write.
+            future.cancel()
+            self._drop(connection, RedisConnectionError("a write was interrupted"))
+            raise
         return await future
 
     def check_pulse(self) -> None:
@@ -106,12 +112,12 @@ class Link:
 
     async def close(self) -> None:
         """Close the connection; what waits on it fails."""
+        ending = [task for task in (self._opening, self._reader) if task is not None]
         if self._opening is not None:
             self._opening.cancel()
-        reader = self._reader
         self.drop("closed")
-        if reader is not None:
-            await asyncio.wait([reader])
+        if ending:
+            await asyncio.wait(ending)
 
     async def _open(self) -> None:
         connection = self._make_connection()
@@ -120,6 +126,8 @@ class Link:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 await connection.connect()  # type: ignore[no-untyped-call]  # redis-py has no types here
+                writer: Any = connection._writer  # noqa: SLF001 -- there is no other way to abort
+                self._abort = writer.transport.abort
                 self._connection = connection
                 self._reader = asyncio.get_running_loop().create_task(self._read(connection))
                 await self._greet(self)
@@ -152,8 +160,8 @@ class Link:
                     future.set_exception(reply)
                 else:
                     future.set_result(reply)
-        except (RedisError, OSError, IndexError) as exc:
-            # IndexError: a reply that nobody asked for. The order is lost, so is the connection.
+        except Exception as exc:  # noqa: BLE001 -- redis-py's parsers raise all sorts for garbage
+            # Also for a reply that nobody asked for: the order is lost, so is the connection.
             self._drop(connection, exc)
         finally:
             await connection.disconnect(nowait=True)
@@ -162,6 +170,8 @@ class Link:
         if self._connection is not connection:
             return
         self._connection = None
+        # Not closed: that would wait, for ever perhaps, until Redis has read what is unsent.
+        self._abort()
         waiting, self._waiting = self._waiting, deque()
         for future, _ in waiting:
             if not future.done():

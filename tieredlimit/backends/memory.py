@@ -89,20 +89,32 @@ class MemoryBackend:
                 room = self._room(key, shelf)
                 read[key] = (room, shelf, *room.read(key, shelf, now))
         debited = self._debit(charges, read, now)
+        # A charge of cost 0 only reads.
+        written = {key for key, _, cost in charges if cost}
         if debited is not None:
-            # All rooms are asked before any key is written: with no room, nothing is charged.
-            for key, (room, *_) in read.items():
-                room.sweep(now)
-                if key not in room.held:
-                    room.require_space(now)
-        debts = []
-        for key, shelf, cost in charges:
-            room, _, before, lowered = read[key]
-            instants = before if debited is None else debited[key]
-            if lowered or (debited is not None and cost):
-                room.write(key, shelf, instants, now, reschedule=lowered)
-            debts += [at - now for at in instants]
+            self._make_room(written, read, now)
+        for key in written:
+            room, shelf, before, lowered = read[key]
+            if debited is not None:
+                room.write(key, shelf, debited[key], now, reschedule=lowered)
+            elif lowered:
+                # Full stays full: "full as of now" would be a debt once the clock stepped back.
+                instants = [at if at > now else 0 for at in before]
+                room.write(key, shelf, instants, now, reschedule=True)
+        debts: list[int] = []
+        for key, _, _ in charges:
+            debts += [at - now for at in (read[key][2] if debited is None else debited[key])]
         return Reply(debited is not None, now, debts)
+
+    def _make_room(
+        self, written: set[str], read: dict[str, tuple[_Room, Shelf, list[int], bool]], now: int
+    ) -> None:
+        """Make sure that all new keys fit before any is written: else nothing is charged."""
+        for room in (self._accounts, self._strangers):
+            room.sweep(now)
+            new = sum(read[key][0] is room and key not in room.held for key in written)
+            if new:
+                room.require_space(new, now)
 
     def _debit(
         self,
@@ -190,15 +202,15 @@ class _Room:
         self.held[key] = held
         self._schedule(key, max(held[1]))
 
-    def require_space(self, now: int) -> None:
-        """Make sure that one more key fits.
+    def require_space(self, new: int, now: int) -> None:
+        """Make sure that so many more keys fit.
 
         Raises:
             BackendError: Every key is in use.
         """
-        if len(self.held) >= self._maximum:
+        if len(self.held) + new > self._maximum:
             self.sweep(now, _SWEEP_WHEN_FULL)
-            if len(self.held) >= self._maximum:
+            if len(self.held) + new > self._maximum:
                 raise BackendError(
                     f"memory holds {len(self.held)} buckets in use, {self._name} allows no more"
                 )

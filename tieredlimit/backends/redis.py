@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from hashlib import sha1
 from importlib.resources import files
+from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary, WeakMethod
 
 from redis.asyncio import Redis
@@ -77,6 +77,7 @@ class RedisBackend:
         self._timeout = timeout
         self._offset_us: int | None = None
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = WeakKeyDictionary()
+        self._lock = Lock()
         self._left_to_parent: list[object] = []
         forked = WeakMethod(self._after_fork)
         os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
@@ -97,10 +98,10 @@ class RedisBackend:
         Raises:
             UsageError: The URL is of another kind or malformed.
         """
-        scheme = urlsplit(url).scheme
+        scheme = url.partition("://")[0]
         if scheme not in _SCHEMES:
             raise UsageError(
-                f'the Redis URL starts with "{scheme}://"; '
+                f'the Redis URL starts with "{scheme:.20}"; '
                 f"known are {', '.join(f'{known}://' for known in _SCHEMES)}"
             )
         settings: dict[str, Any] = {
@@ -113,6 +114,9 @@ class RedisBackend:
 
         try:
             client = Redis.from_url(url, **settings)
+            # Made, not connected: an option that connections do not know shows here.
+            pool: Any = client.connection_pool
+            pool.make_connection()
         except (RedisError, ValueError, TypeError) as exc:
             raise UsageError(f"the Redis URL or its options cannot be used: {exc}") from exc
         return cls(client, clock=clock, timeout=timeout)
@@ -167,10 +171,15 @@ class RedisBackend:
             link.check_pulse()
             raise BackendError(f"Redis did not answer within {self._timeout:g} s") from exc
         except ResponseError as exc:
-            if isinstance(exc, ReadOnlyError):
+            # Redis 6 wraps the refusal in the script's error.
+            if isinstance(exc, ReadOnlyError) or "read only replica" in str(exc):
                 # This was the primary once: the next call asks for the way again.
                 link.drop("the server became a replica")
             raise BackendError(f"Redis refused: {exc}") from exc
+        expected = 2 + sum(len(charge.shelf.quotas) for charge in charges)
+        if type(reply) is not list or [type(part) for part in reply] != [int] * expected:
+            link.drop("a reply of another kind than was asked for")
+            raise BackendError(f"Redis answered what is no decision: {reply!r:.80}")
         allowed, now, *debts = reply
         self._learn_clock(now)
         return Reply(allowed == 1, now, debts)
@@ -179,14 +188,16 @@ class RedisBackend:
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
         if link is None:
-            for ended in [other for other in self._links if other.is_closed()]:
-                del self._links[ended]
-            link = self._links[loop] = Link(
+            link = Link(
                 self._pool.make_connection,
                 self._greet,
                 connect_timeout=CONNECT_TIMEOUT,
                 stall_timeout=STALL_TIMEOUT,
             )
+            with self._lock:  # other threads have loops of their own
+                for ended in [other for other in self._links if other.is_closed()]:
+                    del self._links[ended]
+                self._links[loop] = link
         return link
 
     async def _greet(self, link: Link) -> None:
@@ -205,3 +216,4 @@ class RedisBackend:
         # Kept and never closed: the parent still talks over these sockets.
         self._left_to_parent.append(self._links)
         self._links = WeakKeyDictionary()
+        self._lock = Lock()

@@ -31,7 +31,7 @@ end
 
 local stored = {}    -- key -> tag -> full_at, as it stands
 local charged = {}   -- key -> tag -> full_at, after charging
-local changed = {}   -- key -> what to write, if anything
+local changed = {}   -- key -> true where an increment is above 0
 local lowered = {}   -- key -> true where a clamp lowered an instant
 local buckets = {}   -- {key, tag}, in the order of the reply
 local allowed = true
@@ -54,15 +54,12 @@ for i = 1, #KEYS do
   end
   for at = 1, #charges, 28 do
     local tag, increment, window, clamp = struct.unpack('<c4ddd', charges, at)
-    local full_at = after[tag] or now
-    if full_at > now + clamp then
-      full_at = now + clamp
-      before[tag] = full_at
-      if increment > 0 then
-        lowered[key] = true
-      end
+    -- What stands, never what an earlier charge of this call added: that is not yet in the bucket.
+    if (before[tag] or now) > now + clamp then
+      before[tag], after[tag] = now + clamp, now + clamp
+      lowered[key] = true
     end
-    local candidate = full_at + increment
+    local candidate = (after[tag] or now) + increment
     if candidate - now > window then
       allowed = false
     end
@@ -75,9 +72,14 @@ for i = 1, #KEYS do
 end
 
 local final = allowed and charged or stored
-local writes = allowed and changed or lowered
+local writes = {}
+for key in pairs(changed) do
+  if allowed or lowered[key] then
+    writes[#writes + 1] = key
+  end
+end
 
-for key in pairs(writes) do
+for _, key in ipairs(writes) do
   local records, latest = {}, now
   for tag, full_at in pairs(final[key]) do
     if full_at > now then

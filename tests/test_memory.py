@@ -1,0 +1,269 @@
+"""Memory is bounded, and being so never refills a bucket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from tests.contract import HOUR, MINUTE, SECOND, Clock, charge, debts, drain, quota, shelf
+from tieredlimit import BackendError, UsageError
+from tieredlimit.backends import MemoryBackend
+
+# Full keys leave in batches of about a second.
+BATCH = 2 * SECOND
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def small(clock: Clock, keys: int, catch_all_keys: int = 1) -> MemoryBackend:
+    return MemoryBackend(clock=clock, max_keys=keys, max_catch_all_keys=catch_all_keys)
+
+
+@pytest.mark.fault("C7")
+async def test_full_keys_leave_by_themselves(clock: Clock) -> None:
+    memory = MemoryBackend(clock=clock)
+    image = shelf(quota("1/minute"))
+    for i in range(1_000):
+        await memory.take([charge(image, 1, f"u{i}")])
+    assert len(memory) == 1_000
+
+    clock.advance(MINUTE + BATCH)
+    for i in range(200):
+        await memory.take([charge(image, 1, f"v{i}")])
+
+    assert len(memory) == 200
+
+
+async def test_key_charged_again_stays_until_its_later_instant(clock: Clock) -> None:
+    memory = MemoryBackend(clock=clock)
+    image = shelf(quota("2/minute"))
+    other = charge(image, 1, "other")
+    await memory.take([charge(image)])
+    clock.advance(29 * SECOND)
+    await memory.take([charge(image)])
+
+    clock.advance(20 * SECOND)
+    await memory.take([other])
+    kept = await debts(memory, charge(image))
+    clock.advance(HOUR)
+    await memory.take([other])
+
+    assert kept == [11 * SECOND]
+    assert len(memory) == 1
+
+
+@pytest.mark.fault("C7")
+async def test_new_subject_beyond_the_maximum_is_an_error_and_nothing_is_forgotten(
+    clock: Clock,
+) -> None:
+    memory = small(clock, keys=3)
+    image = shelf(quota("5/hour"))
+    for name in ("a", "b", "c"):
+        await memory.take([charge(image, 2, name)])
+
+    with pytest.raises(BackendError, match="memory holds 3 buckets in use, max_keys allows no"):
+        await memory.take([charge(image, 1, "d")])
+
+    assert [await drain(memory, image, name) for name in ("a", "b", "c")] == [3, 3, 3]
+
+
+@pytest.mark.fault("C7")
+async def test_attack_with_many_keys_never_refills_the_victim(clock: Clock) -> None:
+    memory = small(clock, keys=100)
+    image = shelf(quota("5/hour"))
+    await drain(memory, image, "victim")
+
+    refused = 0
+    for i in range(2_000):
+        clock.advance(SECOND // 10)
+        try:
+            await memory.take([charge(image, 1, f"attacker{i}")])
+        except BackendError:
+            refused += 1
+
+    assert refused == 2_000 - 99
+    assert len(memory) == 100
+    assert await debts(memory, charge(image, 0, "victim")) == [HOUR - 200 * SECOND]
+
+
+@pytest.mark.fault("C7")
+async def test_room_comes_back_once_buckets_are_full(clock: Clock) -> None:
+    memory = small(clock, keys=50)
+    image = shelf(quota("1/minute"))
+    for i in range(50):
+        await memory.take([charge(image, 1, f"u{i}")])
+
+    clock.advance(MINUTE + BATCH)
+
+    assert (await memory.take([charge(image, 1, "new")])).allowed
+    assert len(memory) <= 50
+
+
+@pytest.mark.fault("C7")
+async def test_one_take_can_have_all_the_room_of_buckets_that_are_full(clock: Clock) -> None:
+    memory = small(clock, keys=50)
+    image = shelf(quota("1/minute"))
+    await memory.take([charge(image, 1, f"u{i}") for i in range(50)])
+
+    clock.advance(MINUTE + BATCH)
+
+    assert (await memory.take([charge(image, 1, f"v{i}") for i in range(50)])).allowed
+    assert len(memory) == 50
+
+
+@pytest.mark.fault("C7")
+async def test_strangers_do_not_crowd_out_accounts(clock: Clock) -> None:
+    memory = small(clock, keys=5, catch_all_keys=2)
+    known, strange = (
+        shelf(quota("5/hour"), tier="free"),
+        shelf(quota("5/hour"), tier="everyone", catch_all=True),
+    )
+    for i in range(2):
+        await memory.take([charge(strange, 1, f"s{i}")])
+
+    with pytest.raises(BackendError, match="max_catch_all_keys allows no more"):
+        await memory.take([charge(strange, 1, "s2")])
+    for i in range(5):
+        assert (await memory.take([charge(known, 1, f"u{i}")])).allowed
+
+    assert len(memory) == 7
+
+
+@pytest.mark.fault("C7")
+async def test_accounts_do_not_crowd_out_strangers(clock: Clock) -> None:
+    memory = small(clock, keys=2, catch_all_keys=5)
+    known, strange = (
+        shelf(quota("5/hour"), tier="free"),
+        shelf(quota("5/hour"), tier="everyone", catch_all=True),
+    )
+    for i in range(2):
+        await memory.take([charge(known, 1, f"u{i}")])
+
+    with pytest.raises(BackendError, match="max_keys allows no more"):
+        await memory.take([charge(known, 1, "u2")])
+
+    for i in range(5):
+        assert (await memory.take([charge(strange, 1, f"s{i}")])).allowed
+
+
+@pytest.mark.fault("C7")
+async def test_key_moves_rooms_with_what_was_used_when_another_tier_becomes_the_last(
+    clock: Clock,
+) -> None:
+    memory = small(clock, keys=1, catch_all_keys=1)
+    before, after = shelf(quota("5/hour")), shelf(quota("5/hour"), catch_all=True)
+    await memory.take([charge(before, 3)])
+
+    moved = await drain(memory, after)
+    freed = await memory.take([charge(before, 1, "another")])
+    with pytest.raises(BackendError, match="max_catch_all_keys"):
+        await memory.take([charge(after, 1, "third")])
+
+    assert (moved, freed.allowed, len(memory)) == (2, True, 2)
+
+
+async def test_moved_key_leaves_by_itself_too(clock: Clock) -> None:
+    memory = MemoryBackend(clock=clock)
+    before, after = shelf(quota("5/hour")), shelf(quota("5/hour"), catch_all=True)
+    await memory.take([charge(before, 5)])
+    await memory.take([charge(after, 1)])
+
+    clock.advance(HOUR + BATCH)
+    await memory.take([charge(before, 1, "another")])
+
+    assert len(memory) == 1
+
+
+@pytest.mark.fault("C7")
+async def test_two_new_keys_in_one_take_need_room_for_both(clock: Clock) -> None:
+    memory = small(clock, keys=2)
+    mine, ours = shelf(quota("5/hour"), tier="mine"), shelf(quota("5/hour"), tier="ours")
+    await memory.take([charge(mine, 1, "a")])
+
+    with pytest.raises(BackendError, match="memory holds 1 buckets"):
+        await memory.take([charge(mine, 1, "b"), charge(ours, 1, "b")])
+
+    assert len(memory) == 1
+    assert (await memory.take([charge(mine, 1, "a"), charge(ours, 1, "b")])).allowed
+
+
+@pytest.mark.fault("C7")
+async def test_one_room_being_full_charges_nothing_in_the_other(clock: Clock) -> None:
+    memory = small(clock, keys=2, catch_all_keys=1)
+    known, strange = (
+        shelf(quota("5/hour"), tier="free"),
+        shelf(quota("5/hour"), tier="everyone", catch_all=True),
+    )
+    await memory.take([charge(strange, 1, "s0")])
+
+    with pytest.raises(BackendError, match="max_catch_all_keys"):
+        await memory.take([charge(known, 1, "u"), charge(strange, 1, "s1")])
+
+    assert await debts(memory, charge(known, 0, "u")) == [0]
+    assert len(memory) == 1
+
+
+async def test_peeks_and_denials_need_no_room(clock: Clock) -> None:
+    memory = small(clock, keys=1)
+    image = shelf(quota("5/hour"))
+    await memory.take([charge(image)])
+
+    peeked = await memory.take([charge(image, 0, "unknown")])
+    beside = await memory.take([charge(image, 1), charge(image, 0, "unknown")])
+    denied = await memory.take([charge(image, 6, "unknown")])
+
+    assert peeked == (True, clock.now, [0])
+    assert (beside.allowed, denied.allowed) == (True, False)
+    assert len(memory) == 1
+
+
+async def test_lowered_key_leaves_at_its_earlier_instant(clock: Clock) -> None:
+    memory = MemoryBackend(clock=clock)
+    await drain(memory, shelf(quota("5/day")))
+    await memory.take([charge(shelf(quota("5/minute")))])
+
+    clock.advance(2 * MINUTE + BATCH)
+    await memory.take([charge(shelf(quota("5/minute")), 1, "another")])
+
+    assert len(memory) == 1
+
+
+def test_threads_admit_exactly_the_capacity() -> None:
+    memory = MemoryBackend(clock=Clock())
+    image = shelf(quota("1000/hour"))
+    ready = threading.Barrier(4)
+    admitted: list[int] = []
+
+    async def take_many() -> int:
+        return sum([(await memory.take([charge(image)])).allowed for _ in range(500)])
+
+    def work() -> None:
+        ready.wait()
+        admitted.append(asyncio.run(take_many()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sum(admitted) == 1_000
+    assert len(admitted) == 4
+
+
+def test_without_a_clock_it_is_the_time_of_day() -> None:
+    before = MemoryBackend().now()
+
+    assert 1_700_000_000 * SECOND < before <= MemoryBackend().now()
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["max_keys", "max_catch_all_keys"])
+def test_maximum_below_one_is_refused(name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be at least 1, got {value}"):
+        MemoryBackend(**{name: value})  # type: ignore[arg-type]  # the name decides the type
