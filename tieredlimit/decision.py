@@ -269,7 +269,8 @@ class Denial:
 
 
 def _accept_language(scope: Scope) -> str | None:
-    values = [value for name, value in scope.get("headers", ()) if name == b"accept-language"]
+    headers = scope.get("headers", ())
+    values = [value for name, value in headers if name.lower() == b"accept-language"]
     return b",".join(values).decode("latin-1") if values else None
 
 

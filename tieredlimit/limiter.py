@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +24,7 @@ from tieredlimit.backends import Backend, Charge, MemoryBackend, RedisBackend
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
 
-__all__ = ["Limiter"]
+__all__ = ["Complaints", "Limiter"]
 
 DEFAULT_NAMESPACE = "default"
 
@@ -35,6 +36,8 @@ _SWITCH = {
 # Denied clients of an outage come back within these seconds, not all at once.
 _OUTAGE_RETRY = (1.0, 5.0)
 _LOG_INTERVAL = 1.0
+_LONGEST_COMPLAINT = 500
+_LONGEST_NAME = 32
 
 _log = logging.getLogger("tieredlimit")
 
@@ -79,7 +82,7 @@ class Limiter:
         self.namespace = namespace
         self.backend = backend
         self._table = Table(policy, namespace)
-        self._outages = _Outages()
+        self.complaints = Complaints()
 
     @classmethod
     def from_env(cls) -> Self:
@@ -115,9 +118,19 @@ class Limiter:
         return self._table.policy
 
     def outage(self, feature: str, cost: int, error: Exception) -> Decision:
-        """Return the feature's outage answer, for who could not even be identified."""
-        entry = self._table.entry(self.policy.tiers[-1].name, feature)
-        return self._outages.answer(entry, cost, error)
+        """Return the feature's outage answer, for who could not even be identified.
+
+        Zero in every tier denies all the same: then it does not matter who it is.
+
+        Raises:
+            UsageError: The feature is unknown.
+        """
+        tiers = [tier.name for tier in self.policy.tiers]
+        entries = [self._named(tier, feature) for tier in tiers]
+        decision = None
+        if not self.enabled or all(entry.cell.zero for entry in entries):
+            decision = self._without_asking(entries[-1], cost)
+        return decision or self._outage(entries[-1], cost, error)
 
     async def open(self) -> None:
         """Get the backend ready in this event loop; a backend that is down is only logged."""
@@ -165,13 +178,15 @@ class Limiter:
         try:
             reply = await self.backend.take(charges)
         except BackendError as exc:
-            return self._outages.answer(entry, cost, exc)
+            return self._outage(entry, cost, exc)
         if reply.allowed:
             return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, reply.debts)
         return _denial(entry, cost, reply.debts)
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
+
+        `remaining` is what is there, before the cost.
 
         Raises:
             UsageError: As `take`.
@@ -200,15 +215,22 @@ class Limiter:
 
     def _entry(self, account: Account, feature: str, cost: int) -> Entry:
         if type(cost) is not int or not 0 <= cost <= MAX_AMOUNT:
-            raise UsageError(f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {cost!r}")
-        table = self._table
-        try:
-            return table.entry(table.tier_of(account, self._now()), feature)
-        except KeyError:
-            known = list(table.policy.features)
-            hint = did_you_mean(feature, known)
             raise UsageError(
-                f'unknown feature "{feature}"{hint}; known are {", ".join(known)}'
+                f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {_spell_cost(cost)}"
+            )
+        return self._named(self._table.tier_of(account, self._now()), feature)
+
+    def _named(self, tier: str, feature: str) -> Entry:
+        # A feature may come from a request's body: of any type, of any length.
+        if type(feature) is not str:
+            raise UsageError(f"a feature's name is a string, got {type(feature).__name__}")
+        try:
+            return self._table.entry(tier, feature)
+        except KeyError:
+            known = list(self.policy.features)
+            hint = did_you_mean(feature[:_LONGEST_NAME], known)
+            raise UsageError(
+                f'unknown feature "{feature:.80}"{hint}; known are {", ".join(known)}'
             ) from None
 
     def _without_asking(self, entry: Entry, cost: int) -> Decision | None:
@@ -221,6 +243,15 @@ class Limiter:
         if cost > entry.most:
             return Decision(False, "quota", cell, cost, None, entry.quotas)
         return None
+
+    def _outage(self, entry: Entry, cost: int, error: Exception) -> Decision:
+        """Return the feature's outage answer, and say so in the log."""
+        name, answer = entry.feature.name, entry.feature.outage
+        self.complaints.log(f'no decision could be made: "{name}" gets "{answer}"', error)
+        if answer == "allow":
+            return Decision(True, "outage", entry.cell, cost)
+        retry_after = random.uniform(*_OUTAGE_RETRY)  # noqa: S311 -- to spread, not to hide
+        return Decision(False, "outage", entry.cell, cost, retry_after)
 
     async def _peek_all(
         self, account: Account, entries: Sequence[Entry], cost: int
@@ -235,7 +266,7 @@ class Limiter:
             try:
                 debts = list((await self.backend.take(charges)).debts)
             except BackendError as exc:
-                decided = [self._outages.answer(entry, cost, exc) for entry in asked]
+                decided = [self._outage(entry, cost, exc) for entry in asked]
             else:
                 for entry in asked:
                     own, debts = debts[: len(entry.quotas)], debts[len(entry.quotas) :]
@@ -260,24 +291,35 @@ def _judge(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
     return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts)
 
 
-class _Outages:
-    """Answer where the backend could not, and say so in the log, at most once a second."""
+def _spell_cost(cost: object) -> str:
+    if type(cost) is int and abs(cost) > MAX_AMOUNT**2:
+        return f"one of {cost.bit_length()} bits"  # which Python may refuse to spell
+    return f"{cost!r:.80}"
 
-    def __init__(self) -> None:
-        self._quiet_until = 0.0
+
+class Complaints:
+    """Log what went wrong on the way to a decision, one line a second at most.
+
+    Args:
+        clock: Returns seconds; for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._quiet_until = -math.inf
         self._unsaid = 0
 
-    def answer(self, entry: Entry, cost: int, error: Exception) -> Decision:
-        allowed = entry.feature.outage == "allow"
-        now = time.monotonic()
-        if now >= self._quiet_until:
-            _log.warning(
-                'no decision could be made: "%s" gets its outage answer "%s" (%d more like this '
-                "since the last line): %s",
-                entry.feature.name, entry.feature.outage, self._unsaid, error,
-            )  # fmt: skip
-            self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0
-        else:
+    def log(self, what: str, error: Exception) -> None:
+        """Log it with the error, and with a traceback where the error is not the store's."""
+        now = self._clock()
+        if now < self._quiet_until:
             self._unsaid += 1
-        retry_after = None if allowed else random.uniform(*_OUTAGE_RETRY)  # noqa: S311 -- to spread
-        return Decision(allowed, "outage", entry.cell, cost, retry_after)
+            return
+        _log.warning(
+            "%s (%d more troubles since the last line): %s",
+            what,
+            self._unsaid,
+            f"{type(error).__name__}: {error}"[:_LONGEST_COMPLAINT],
+            exc_info=None if isinstance(error, BackendError) else error,
+        )
+        self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0

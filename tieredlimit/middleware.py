@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import Decision, Reason
@@ -24,7 +24,9 @@ __all__ = ["OnDenied", "TieredLimitMiddleware"]
 OnDenied = Callable[[Scope, Decision], ASGIApp | Awaitable[ASGIApp | None] | None]
 """From a denied request to the ASGI application that answers it; None for the built-in answer."""
 
-_log = logging.getLogger("tieredlimit")
+_WITH_HEADERS = frozenset(
+    {"http.response.start", "websocket.accept", "websocket.http.response.start"}
+)
 
 
 class TieredLimitMiddleware:
@@ -43,7 +45,8 @@ class TieredLimitMiddleware:
             Starlette's `HTTPException` to answer the request itself.
         anonymous: How to name an anonymous client; behind proxies, give
             `client_address(trusted_hops=…)`.
-        on_denied: Returns the application that answers a denial instead of ours, or None for ours.
+        on_denied: Returns the application that answers a denial instead of ours, with whatever
+            headers that one sends, or None for ours. WebSockets that were not accepted come too.
         statuses: Statuses of denials by reason, where they should not be the usual ones.
         legacy_fields: Whether `X-RateLimit-*` are sent as well.
     """
@@ -75,31 +78,25 @@ class TieredLimitMiddleware:
             else:
                 await self.app(scope, receive, send)
             return
-        if _is_preflight(scope):
-            await self.app(scope, receive, send)
-            return
 
         limits = self._limits(scope)
-        matched = self.limiter.match(scope.get("method", "GET"), _route_path(scope))
-        if matched is not None:
-            try:
-                decision = await self._decide(limits, *matched)
-            except HTTPException as answer:
-                await _render(answer, scope, receive, send)
-                return
-            if not decision.allowed:
-                await self._deny(decision, scope, receive, send)
-                return
+        answer = await self._charge(limits, scope)
+        if answer is not None:
+            await answer(scope, receive, send)
+            return
 
         started = False
 
         async def send_with_limits(message: Message) -> None:
             nonlocal started
-            if message["type"] in ("http.response.start", "websocket.accept"):
+            kind = message["type"]
+            if kind in _WITH_HEADERS:
                 started = True
-                fields = limits.fields(legacy=self._legacy_fields)
+                fields = [] if limits.denied else limits.fields(legacy=self._legacy_fields)
                 if fields:
                     message = {**message, "headers": _replace(message.get("headers", ()), fields)}
+            elif kind == "websocket.close":
+                started = True
             await send(message)
 
         try:
@@ -107,17 +104,37 @@ class TieredLimitMiddleware:
         except Denied as denied:
             if started:
                 raise
-            await self._deny(denied.decision, scope, receive, send)
+            answer = await self._denial(limits, denied.decision, scope)
+            await answer(scope, receive, send)
 
     def _limits(self, scope: Scope) -> RequestLimits:
         """Return what the request takes with; another door of the same limiter shares it."""
-        state: dict[str, Any] = scope.setdefault("state", {})
-        limits = state.get(STATE_KEY)
+        # The scope is the request's own. Its state need not be: Hypercorn shares one among all
+        # requests of a connection, and what an earlier one has taken must not pay for this one.
+        limits = scope.get(STATE_KEY)
         if isinstance(limits, RequestLimits) and limits.limiter is self.limiter:
             return limits
         limits = RequestLimits(self.limiter, HTTPConnection(scope), self._identify, self._anonymous)
-        state[STATE_KEY] = limits
+        state: dict[str, Any] = scope.setdefault("state", {})
+        if STATE_KEY in state:
+            state = scope["state"] = state.copy()
+        scope[STATE_KEY] = state[STATE_KEY] = limits
         return limits
+
+    async def _charge(self, limits: RequestLimits, scope: Scope) -> ASGIApp | None:
+        """Charge the request, and return its answer where it must not go on."""
+        if not self.limiter.enabled or _is_preflight(scope):
+            return None
+        matched = self.limiter.match(scope.get("method", "GET"), _route_path(scope))
+        if matched is None:
+            return None
+        try:
+            decision = await self._decide(limits, *matched)
+        except HTTPException as answer:
+            return _rendered(answer, scope)
+        except Denied as denied:
+            decision = denied.decision
+        return None if decision.allowed else await self._denial(limits, decision, scope)
 
     async def _decide(self, limits: RequestLimits, feature: str, cost: int) -> Decision:
         decision = limits.decisions.get(feature)
@@ -125,24 +142,27 @@ class TieredLimitMiddleware:
             return decision
         try:
             return await limits.take_first(feature, cost, None)
-        except HTTPException:
+        except (HTTPException, Denied):
             raise
         except Exception as exc:  # noqa: BLE001 -- our own trouble must never be a 500
             decision = limits.decisions[feature] = self.limiter.outage(feature, cost, exc)
             return decision
 
-    async def _deny(self, decision: Decision, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _denial(self, limits: RequestLimits, decision: Decision, scope: Scope) -> ASGIApp:
+        """Return the application that answers a denial."""
+        limits.denied = True
         answer: Any = None
         if self._on_denied is not None:
             try:
                 answer = self._on_denied(scope, decision)
                 if inspect.isawaitable(answer):
                     answer = await answer
-            except Exception:
-                _log.exception("on_denied failed; the built-in denial is sent instead")
+            except Exception as exc:  # noqa: BLE001 -- a denial stays one, whatever goes wrong
+                answer = None
+                self.limiter.complaints.log("on_denied failed; the built-in answer was sent", exc)
         if answer is None:
-            answer = decision.response(statuses=self._statuses, legacy_fields=self._legacy_fields)
-        await answer(scope, receive, send)
+            return decision.response(statuses=self._statuses, legacy_fields=self._legacy_fields)
+        return cast(ASGIApp, answer)  # `inspect.isawaitable` tells a type checker too little
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def receive_and_open() -> Message:
@@ -152,11 +172,15 @@ class TieredLimitMiddleware:
             return message
 
         async def close_and_send(message: Message) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            if message["type"] != "lifespan.startup.complete":
                 await self.limiter.close()
             await send(message)
 
-        await self.app(scope, receive_and_open, close_and_send)
+        try:
+            await self.app(scope, receive_and_open, close_and_send)
+        except BaseException:
+            await self.limiter.close()
+            raise
 
 
 def _route_path(scope: Scope) -> str:
@@ -182,11 +206,15 @@ def _replace(headers: Any, fields: list[Field]) -> list[Field]:
     return [header for header in headers if header[0].lower() not in ours] + fields
 
 
-async def _render(answer: HTTPException, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer as Starlette's exception middleware, which is behind us, would have."""
+def _rendered(answer: HTTPException, scope: Scope) -> ASGIApp:
+    """Return what Starlette's exception middleware, which is behind us, would have answered."""
     offered = scope.get("extensions") or {}
     if scope["type"] == "websocket" and "websocket.http.response" not in offered:
-        await send({"type": "websocket.close", "code": 1008, "reason": ""})
-        return
-    response = PlainTextResponse(answer.detail, answer.status_code, headers=answer.headers)
-    await response(scope, receive, send)
+        return WebSocketClose(1008)
+    status, headers = answer.status_code, answer.headers
+    detail: object = answer.detail
+    if status in (204, 304):
+        return Response(status_code=status, headers=headers)
+    if isinstance(detail, str):
+        return PlainTextResponse(detail, status, headers)
+    return JSONResponse({"detail": detail}, status, headers)  # FastAPI's may be anything

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import Decision
+from tieredlimit.errors import Denied
 from tieredlimit.identity import Identify, resolve
 from tieredlimit.limiter import Limiter
 
@@ -22,16 +24,22 @@ STATE_KEY = "tieredlimit"
 class RequestLimits:
     """Take for one request, each feature once, whichever doors the request passes.
 
-    `decisions` holds what was decided so far, by feature.
+    Attributes:
+        limiter: What decides.
+        connection: The request, as `identify` sees it.
+        decisions: What was decided so far, by feature.
+        denied: True once the middleware answers with a denial, whose fields then stand.
     """
 
     __slots__ = (
         "_account",
         "_anonymous",
+        "_asking",
         "_identify",
         "_pending",
         "connection",
         "decisions",
+        "denied",
         "limiter",
     )
 
@@ -45,9 +53,11 @@ class RequestLimits:
         self.limiter = limiter
         self.connection = connection
         self.decisions: dict[str, Decision] = {}
+        self.denied = False
         self._identify = identify
         self._anonymous = anonymous
         self._account: Account | None = None
+        self._asking = asyncio.Lock()
         self._pending: dict[str, asyncio.Task[Decision]] = {}
 
     async def account(self) -> Account:
@@ -56,17 +66,11 @@ class RequestLimits:
         Raises:
             UsageError: `identify` answered with something else than an account or None.
         """
-        account = self._account
-        if account is None:
-            for identify in (self._identify, self._anonymous):
-                answer = identify(self.connection) if identify else None
-                account = answer if isinstance(answer, Account) else await resolve(answer)
-                if account is not None:
-                    break
-            else:
-                account = Account("unknown", anonymous=True)
-            self._account = account
-        return account
+        if self._account is None:
+            # Two takes at once ask once.
+            async with self._asking:
+                self._account = await self._ask()
+        return self._account
 
     async def take(
         self, feature: str, cost: int = 1, *, account: Account | None = None
@@ -74,10 +78,13 @@ class RequestLimits:
         """Charge the feature once in this request and return the decision.
 
         A second take of the same feature charges nothing and returns the first one's decision.
-        `account` is who to charge instead of whom the middleware's `identify` names.
+        `account` is who to charge instead of whom the middleware's `identify` names. Where that
+        fails, the decision is the feature's outage answer.
 
         Raises:
             UsageError: As `Limiter.take`.
+            HTTPException: `identify` raised it, to answer the request itself.
+            Denied: `identify` raised it.
         """
         decision = self.decisions.get(feature)
         if decision is not None:
@@ -92,17 +99,34 @@ class RequestLimits:
 
     async def take_first(self, feature: str, cost: int, account: Account | None) -> Decision:
         """Do what `take` does where nothing else can be taking the feature yet."""
-        account = account or await self.account()
-        decision = await self.limiter.take(account, feature, cost)
+        try:
+            account = account or await self.account()
+        except (HTTPException, Denied):
+            raise
+        except Exception as exc:  # noqa: BLE001 -- whatever a lookup may raise is no decision
+            decision = self.limiter.outage(feature, cost, exc)
+        else:
+            decision = await self.limiter.take(account, feature, cost)
         self.decisions[feature] = decision
         return decision
 
     def fields(self, *, legacy: bool) -> list[Field]:
         """Return the response fields of everything taken, each field once."""
-        decisions = self.decisions.values()
-        if len(decisions) == 1:
-            return next(iter(decisions)).fields(legacy=legacy)
-        return _merge(decision.fields(legacy=legacy) for decision in decisions)
+        if not self.decisions:
+            return []
+        first, *others = [decision.fields(legacy=legacy) for decision in self.decisions.values()]
+        return _merge([first, *others]) if others else first
+
+    async def _ask(self) -> Account:
+        if self._account is not None:
+            return self._account  # another take has asked while this one waited
+        for identify in (self._identify, self._anonymous):
+            if identify is not None:
+                answer = identify(self.connection)
+                account = answer if isinstance(answer, Account) else await resolve(answer)
+                if account is not None:
+                    return account
+        return Account("unknown", anonymous=True)
 
 
 def _merge(several: Iterable[list[Field]]) -> list[Field]:
