@@ -1,0 +1,242 @@
+"""Everything that can be said of one take from full buckets, as a page and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from textwrap import wrap
+
+import click
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.explanation import (
+    Metered,
+    TierChoice,
+    spell_about,
+    spell_age,
+)
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.rate import spell_instant
+from tieredlimit._core.tier import Feature
+from tieredlimit.cli.requests import Request
+from tieredlimit.cli.table import quota_document
+from tieredlimit.cli.terminal import count, printable, width
+from tieredlimit.decision import Decision
+
+_LABEL = 10
+_NARROWEST = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Hold a take from full buckets, with its reasons.
+
+    Attributes:
+        request: What was asked about, None where it was a feature.
+        metered: How the request is metered, None where it was a feature.
+        account: Who asks.
+        anybody: True where the account's id was not given, and so is not shown.
+        now: The instant of the take.
+        choice: The account's tier.
+        feature: What the request is metered as.
+        decision: The outcome.
+        notes: What is easily overlooked.
+    """
+
+    request: Request | None
+    metered: Metered | None
+    account: Account
+    anybody: bool
+    now: int
+    choice: TierChoice
+    feature: Feature
+    decision: Decision
+    notes: Sequence[str]
+
+
+def page(explanation: Explanation) -> Iterator[str]:
+    """Yield the lines of an explanation, for a terminal."""
+    decision, choice = explanation.decision, explanation.choice
+    yield click.style(printable(_heading(explanation)), bold=True)
+    yield ""
+    yield from _section("account", _account(explanation))
+    tier = [f"{choice.tier}: {', '.join(choice.holds) or 'takes everybody else'}"]
+    if choice.change is not None:
+        at, then = choice.change.at, choice.change.tier
+        left = spell_about(at - explanation.now)
+        tier.append(f'leaves "{choice.tier}" at {spell_instant(at)}, in {left}, for "{then}"')
+    yield from _section("tier", tier)
+    yield from _section("skipped", [f"{p.tier}: {p.asks}; {p.has}" for p in choice.passed])
+    yield from _section("quotas", list(_quotas(explanation)))
+    yield from _section("answer", [_answer(decision)], "green" if decision.allowed else "red")
+    if not decision.allowed:
+        yield from _section("", _texts(decision))
+    fields = decision.fields() if decision.allowed else decision.response().headers
+    yield from (f"{'':{_LABEL}}{name.decode()}: {value.decode()}" for name, value in fields)
+    if decision.allowed and decision.quotas and decision.cell.messages:
+        yield from _section("used up", ["429 Too Many Requests, with:", *_texts(decision)])
+    yield from _section("outage", [_outage(explanation)])
+    yield from _section("note", explanation.notes, "yellow")
+
+
+def _heading(explanation: Explanation) -> str:
+    decision, metered = explanation.decision, explanation.metered
+    if metered is None:
+        return f"{decision.feature}, cost {decision.cost:,}"
+    told = f"{explanation.request} is metered as {decision.feature}, cost {decision.cost:,}"
+    return f"{told} (route {metered.route})"
+
+
+def _account(explanation: Explanation) -> list[str]:
+    account, now = explanation.account, explanation.now
+    created_us = account.created_us()
+    parts = [] if explanation.anybody else [account.id]
+    if account.anonymous:
+        parts.append("anonymous")
+    parts.append(f"plan {'unknown' if account.plan is None else account.plan}")
+    age = spell_age(account, now).removeprefix("is ")
+    parts.append(age if created_us is None else f"created {spell_instant(created_us)}, {age}")
+    if account.tags:
+        parts.append(f"tags {', '.join(sorted(account.tags))}")
+    parts += (f"{per} {subject}" for per, subject in account.within.items())
+    return [" · ".join(parts), f"as of {spell_instant(now)}"]
+
+
+def _quotas(explanation: Explanation) -> Iterator[str]:
+    cell = explanation.decision.cell
+    if cell.unlimited:
+        yield "unlimited"
+    elif cell.zero:
+        yield "0: closed to this tier"
+    for quota in cell.quotas:
+        text = " ".join(replace(cell, quotas=(quota,)).spell().split())
+        yield f"{quota.name}: {text}, charged to {_charged(quota, explanation.account)}"
+        interval, window = spell_about(quota.interval_us), spell_about(quota.window_us)
+        held = f"holds {quota.capacity:,}, one more every {interval}"
+        yield f"  {held}, empty to full in {window}"
+
+
+def _charged(quota: Quota, account: Account) -> str:
+    itself = "the client's address" if account.anonymous else "the account"
+    if quota.per is None:
+        return itself
+    subject = account.within.get(quota.per)
+    if subject is None:
+        return f"{itself} alone, since it is within no {quota.per}"
+    return f"{quota.per} {subject}"
+
+
+def _answer(decision: Decision) -> str:
+    cell, cost = decision.cell, decision.cost
+    if decision.allowed:
+        if cell.unlimited:
+            return "allowed: nothing limits it, and the response says nothing of limits"
+        fits = min(quota.capacity // cost for quota in cell.quotas) if cost else None
+        full = "the bucket is" if len(cell.quotas) == 1 else "all buckets are"
+        return f"allowed if {full} full" + (
+            "" if fits is None else f", {count(fits, 'time')} in a row"
+        )
+    status = HTTPStatus(decision.response().status)
+    told = f"{status.value} {status.phrase}"
+    if cell.zero:
+        return f"{told}: this tier has 0, and no waiting helps"
+    smallest = min(cell.quotas, key=lambda quota: quota.capacity)
+    held = f"{smallest.name} never holds more than {smallest.capacity:,}"
+    return f"{told}: it costs {cost:,}, and {held}: it never fits"
+
+
+def _texts(decision: Decision) -> list[str]:
+    """Return what a denied user reads, per language; the first is for all other languages."""
+    messages = decision.cell.messages or {"en": decision.message()}
+    default = " (default)" if len(messages) > 1 else ""
+    first = next(iter(messages))
+    return [
+        f"{tag or 'any language'}{default if tag == first else ''}: {text}"
+        for tag, text in messages.items()
+    ]
+
+
+def _outage(explanation: Explanation) -> str:
+    decision = explanation.decision
+    if not decision.allowed or decision.cell.unlimited:
+        return "the same while Redis cannot answer: it is not asked"
+    if explanation.feature.outage == "allow":
+        return "allowed, and not counted, while Redis cannot answer"
+    return "503 Service Unavailable while Redis cannot answer"
+
+
+def _section(label: str, paragraphs: Sequence[str], colour: str | None = None) -> Iterator[str]:
+    room = max(_NARROWEST, width() - _LABEL)
+    for paragraph in paragraphs:
+        for line in wrap(
+            printable(paragraph),
+            room,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        ):
+            yield click.style(label.ljust(_LABEL), bold=True) + click.style(line, fg=colour)
+            label = ""
+
+
+def document(explanation: Explanation) -> dict[str, object]:
+    """Return an explanation as JSON shows it; instants are RFC 3339, durations seconds."""
+    account, choice, decision = explanation.account, explanation.choice, explanation.decision
+    request, metered, change = explanation.request, explanation.metered, choice.change
+    created_us = account.created_us()
+    return {
+        "request": request and request_document(request),
+        "metered": True,
+        "route": str(metered.route) if metered else None,
+        "feature": decision.feature,
+        "cost": decision.cost,
+        "at": spell_instant(explanation.now),
+        "account": {
+            "id": None if explanation.anybody else account.id,
+            "plan": account.plan,
+            "created_at": None if created_us is None else spell_instant(created_us),
+            "tags": sorted(account.tags),
+            "within": dict(account.within),
+            "anonymous": account.anonymous,
+        },
+        "tier": {
+            "name": choice.tier,
+            "holds": list(choice.holds),
+            "skipped": [
+                {"tier": p.tier, "word": p.word, "asks": p.asks, "has": p.has}
+                for p in choice.passed
+            ],
+            "changes": change and {"at": spell_instant(change.at), "tier": change.tier},
+        },
+        "cell": {
+            "text": decision.cell.spell(),
+            "zero": decision.cell.zero,
+            "unlimited": decision.cell.unlimited,
+            "quotas": [
+                {**quota_document(quota), "charged": _charged(quota, account)}
+                for quota in decision.cell.quotas
+            ],
+            "messages": dict(decision.cell.messages),
+        },
+        "answer": _answer_document(decision),
+        "outage": explanation.feature.outage,
+        "notes": list(explanation.notes),
+    }
+
+
+def request_document(request: Request) -> dict[str, object]:
+    """Return a request as JSON shows it."""
+    return {"method": request.method, "path": request.path, "websocket": request.websocket}
+
+
+def _answer_document(decision: Decision) -> dict[str, object]:
+    fields = decision.fields() if decision.allowed else decision.response().headers
+    return {
+        "allowed": decision.allowed,
+        "reason": decision.reason,
+        "status": None if decision.allowed else decision.response().status,
+        "headers": {name.decode(): value.decode() for name, value in fields},
+        "body": None if decision.allowed else json.loads(decision.response().body()[1]),
+    }

@@ -1,0 +1,191 @@
+"""`tieredlimit table`: what every tier may do with every feature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import click
+
+from tieredlimit._core.policy import Policy
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.rate import SECOND_US
+from tieredlimit._core.reading import did_you_mean
+from tieredlimit.cli import policies as policy_files
+from tieredlimit.cli.terminal import display_width, echo_json, pad, printable, width
+
+_GAP = "  "
+_CORNER = "tier"
+_COLOURS = {"0": "red", "unlimited": "green"}
+
+_Grid = Mapping[str, Mapping[str, str]]
+"""Cells as an operator reads them, by tier and feature."""
+
+
+@click.command("table")
+@policy_files.argument
+@click.option("--tier", "tiers", multiple=True, help="Show this tier; may be repeated.")
+@click.option("--feature", "features", multiple=True, help="Show this feature; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    policies: tuple[str, ...],
+    *,
+    tiers: tuple[str, ...],
+    features: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print what every tier may do with every feature.
+
+    Tiers stand in the order in which they are tried: the first that matches wins. "10/day cap 2"
+    refills at 10 a day and holds 2 at most; "+" joins quotas that must all allow; "per org" is
+    charged to the account's org.
+    """
+    policy = policy_files.load(policies)
+    rows = _chosen("--tier", tiers, [tier.name for tier in policy.tiers])
+    columns = _chosen("--feature", features, list(policy.features))
+    if as_json:
+        echo_json(_document(policy, rows, columns))
+        return
+    grid = {
+        row: {name: _spelled(policy.cell(row, name).spell()) for name in columns} for row in rows
+    }
+    for line in lines(grid, columns, width()):
+        click.echo(line)
+
+
+def lines(grid: _Grid, features: Sequence[str], columns: int) -> Iterator[str]:
+    """Yield the lines of a table that is at most so many columns wide.
+
+    Features that do not fit beside each other follow in further blocks. Where one alone does not
+    fit beside the tiers, all are listed below them. Only a single word is ever wider.
+    """
+    margin = max(map(display_width, [*grid, _CORNER]))
+    room = columns - margin - len(_GAP)
+    shown = [_Column.of(name, [row[name] for row in grid.values()], None) for name in features]
+    if sum(column.width + len(_GAP) for column in shown) - len(_GAP) > room:
+        # Half of the room, so that a cell of many quotas grows downwards, not over a block.
+        shown = [
+            _Column.of(name, [row[name] for row in grid.values()], room // 2) for name in features
+        ]
+    if any(column.width > room for column in shown):
+        yield from _listing(grid, columns)
+        return
+    blocks = list(_blocks(shown, room))
+    for i, block in enumerate(blocks):
+        if i:
+            yield ""
+        yield from _block(list(grid), block, margin)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Hold a feature's column: per tier, the lines of its cell."""
+
+    feature: str
+    cells: Sequence[Sequence[str]]
+    width: int
+
+    @classmethod
+    def of(cls, feature: str, texts: Sequence[str], fold_at: int | None) -> _Column:
+        cells = [[text] if fold_at is None else _fold(text, fold_at) for text in texts]
+        parts = [line for cell in cells for line in cell]
+        return cls(feature, cells, max(map(display_width, [feature, *parts])))
+
+
+def _blocks(columns: Sequence[_Column], room: int) -> Iterator[list[_Column]]:
+    block: list[_Column] = []
+    used = 0
+    for column in columns:
+        if block and used + len(_GAP) + column.width > room:
+            yield block
+            block, used = [], 0
+        used += column.width + (len(_GAP) if block else 0)
+        block.append(column)
+    yield block
+
+
+def _block(tiers: Sequence[str], columns: Sequence[_Column], margin: int) -> Iterator[str]:
+    heads = [pad(_CORNER, margin), *(pad(c.feature, c.width) for c in columns)]
+    yield click.style(_GAP.join(heads).rstrip(), bold=True)
+    for i, tier in enumerate(tiers):
+        height = max(len(column.cells[i]) for column in columns)
+        for line in range(height):
+            parts = [pad("" if line else tier, margin)]
+            for column in columns:
+                cell = column.cells[i]
+                parts.append(_coloured(cell[line] if line < len(cell) else "", column.width))
+            yield _GAP.join(parts).rstrip()
+
+
+def _listing(grid: _Grid, columns: int) -> Iterator[str]:
+    margin = max(display_width(feature) for row in grid.values() for feature in row)
+    room = columns - margin - 2 * len(_GAP)
+    for i, (tier, row) in enumerate(grid.items()):
+        if i:
+            yield ""
+        yield click.style(tier, bold=True)
+        for feature, text in row.items():
+            for line, part in enumerate(_fold(text, room)):
+                head = pad("" if line else feature, margin)
+                yield f"{_GAP}{head}{_GAP}{_coloured(part, 0)}"
+
+
+def _fold(text: str, columns: int) -> list[str]:
+    """Return a cell on several lines, broken before its quotas, or between words where it must."""
+    folded = [""]
+    for i, quota in enumerate(text.split(" + ")):
+        whole = f"+ {quota}" if i else quota
+        for part in [whole] if display_width(whole) <= columns else whole.split(" "):
+            longer = f"{folded[-1]} {part}".lstrip()
+            if not folded[-1] or display_width(longer) <= columns:
+                folded[-1] = longer
+            else:
+                folded.append(part)
+    return folded
+
+
+def _coloured(text: str, columns: int) -> str:
+    padding = pad("", columns - display_width(text))
+    return click.style(text, fg=_COLOURS[text]) + padding if text in _COLOURS else text + padding
+
+
+def _spelled(text: str) -> str:
+    # A rate stands there as the policy wrote it, with whatever white space.
+    return printable(" ".join(text.split()))
+
+
+def _chosen(option: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the known names that are wanted, in their own order; all where none is named."""
+    for name in wanted:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+            raise click.BadParameter(f"got {name!r:.80}{hint}", param_hint=f"'{option}'")
+    return [name for name in known if not wanted or name in wanted]
+
+
+def _document(policy: Policy, tiers: Sequence[str], features: Sequence[str]) -> dict[str, object]:
+    cells: dict[str, dict[str, object]] = {}
+    for tier in tiers:
+        cells[tier] = {}
+        for feature in features:
+            cell = policy.cell(tier, feature)
+            cells[tier][feature] = {
+                "text": cell.spell(),
+                "zero": cell.zero,
+                "unlimited": cell.unlimited,
+                "quotas": [quota_document(quota) for quota in cell.quotas],
+                "messages": dict(cell.messages),
+            }
+    return {"tiers": list(tiers), "features": list(features), "cells": cells}
+
+
+def quota_document(quota: Quota) -> dict[str, object]:
+    """Return a quota as JSON shows it; durations are seconds."""
+    return {
+        "name": quota.name,
+        "rate": quota.rate,
+        "capacity": quota.capacity,
+        "interval": quota.interval_us / SECOND_US,
+        "window": quota.window_us / SECOND_US,
+        "per": quota.per,
+    }

@@ -1,0 +1,70 @@
+"""What a terminal shows: its width, the columns a text takes, and nothing that would steer it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import unicodedata
+from typing import Any
+
+import click
+
+FIXED_WIDTH = 80
+"""Columns where standard output is no terminal and COLUMNS says nothing."""
+
+_COLUMNS = re.compile(r"[1-9][0-9]{0,4}")
+_UNSEEN = {"Mn", "Me", "Cf"}
+_STEERING = {"Cc", "Cs", "Zl", "Zp"}
+_STEERING_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def width() -> int:
+    """Return how many columns a line may take."""
+    columns = os.environ.get("COLUMNS", "")
+    if _COLUMNS.fullmatch(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or FIXED_WIDTH
+    except (OSError, ValueError):
+        return FIXED_WIDTH
+
+
+def display_width(text: str) -> int:
+    """Return the columns a text takes: two for wide characters, none for combining ones."""
+    return sum(_columns(character) for character in text)
+
+
+def pad(text: str, columns: int) -> str:
+    """Return a text with as many spaces after it as it is short of `columns`."""
+    return text + " " * (columns - display_width(text))
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with what would steer a terminal spelled out."""
+    return "".join(
+        character.encode("unicode_escape").decode() if _steers(character) else character
+        for character in text
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def echo_json(document: Any) -> None:
+    """Print a document as JSON."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _steers(character: str) -> bool:
+    category, direction = unicodedata.category(character), unicodedata.bidirectional(character)
+    return category in _STEERING or direction in _STEERING_BIDI
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in _UNSEEN:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
