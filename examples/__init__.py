@@ -1,0 +1,1 @@
+"""Applications to run, to read and to start your own from."""
