@@ -1,0 +1,93 @@
+"""The README and the policy reference: every block of code in them runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tieredlimit import Limiter, Policy
+from tieredlimit.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+REFERENCE = (ROOT / "docs" / "policy.md").read_text("utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (policy,) = blocks(README, "toml")
+    (tmp_path / "policy.toml").write_text(policy, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", blocks(README, "python"), ids=lambda block: block.split("\n")[0])
+def test_python_block_of_the_readme_runs(block: str, folder: Path) -> None:
+    namespace: dict[str, Any] = {}
+
+    exec(compile(block, "README.md", "exec"), namespace)
+
+    assert isinstance(namespace["limiter"], Limiter)
+
+
+def test_policy_of_the_readme_says_what_the_readme_says(folder: Path) -> None:
+    policy = Policy.load(folder / "policy.toml")
+
+    assert policy.cell("new", "video").zero
+    assert policy.cell("new", "image").spell() == "5/minute + 50/day"
+    assert policy.cell("everyone", "image").spell() == "2/minute"
+    assert policy.features["video"].outage == "deny"
+    assert policy.warnings == ()
+
+
+async def test_denial_of_the_readme_is_what_a_client_sees(folder: Path) -> None:
+    (shown,) = blocks(README, "http")
+    head, body = shown.split("\n\n", 1)
+    status, *fields = head.splitlines()
+    namespace: dict[str, Any] = {}
+    exec(compile(blocks(README, "python")[0], "README.md", "exec"), namespace)
+    account = namespace["Account"]("u1", plan="free")
+
+    denial = (await namespace["limiter"].take(account, "video")).response()
+
+    sent = {name.decode(): value.decode() for name, value in denial.headers}
+    assert status == f"HTTP/1.1 {denial.status} Forbidden"
+    assert dict(line.split(": ", 1) for line in fields) == sent
+    assert json.loads(body) == json.loads(denial.body()[1])
+
+
+def test_commands_of_the_readme_succeed(folder: Path) -> None:
+    lines = [line for block in blocks(README, "console") for line in block.splitlines()]
+    commands = [line.removeprefix("$ tieredlimit ") for line in lines if "$ tieredlimit" in line]
+
+    results = [CliRunner().invoke(main, command.split()) for command in commands]
+
+    assert [result.exit_code for result in results] == [0] * len(commands) != []
+
+
+@pytest.mark.parametrize("block", blocks(REFERENCE, "toml"))
+def test_block_of_the_policy_reference_is_a_part_of_a_policy_that_loads(block: str) -> None:
+    part = tomllib.loads(block)
+    names = part.get("order") or ["new", "pro", "everyone"]
+    document: dict[str, Any] = {
+        "order": names,
+        "features": {"image": {}, "video": {}},
+        "defaults": {"quotas": {"image": 0, "video": 0}},
+        "tiers": {name: {"when": {"plan": name}} for name in names[:-1]} | {names[-1]: {}},
+    }
+    for key, value in part.items():
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                document[key].setdefault(name, {}).update(entry)
+
+    assert Policy.from_dict(document).features
