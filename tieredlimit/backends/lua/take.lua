@@ -87,12 +87,15 @@ for _, key in ipairs(writes) do
       latest = math.max(latest, full_at)
     end
   end
-  local ttl_ms = math.ceil((latest - now) / 1000)
-  if explicit_now ~= '' then
+  local records_string = table.concat(records)
+  if explicit_now == '' then
+    -- The instant itself: a time to live would count from when the script began, before `now`.
+    redis.call('SET', key, records_string, 'PXAT', string.format('%.0f', math.ceil(latest / 1000)))
+  else
     -- The server's own clock expires keys: with another one in charge they must not go early.
-    ttl_ms = math.max(ttl_ms, 3600000)
+    local ttl_ms = math.max(math.ceil((latest - now) / 1000), 3600000)
+    redis.call('SET', key, records_string, 'PX', string.format('%.0f', ttl_ms))
   end
-  redis.call('SET', key, table.concat(records), 'PX', string.format('%.0f', ttl_ms))
 end
 
 local reply = {allowed and 1 or 0, now}
