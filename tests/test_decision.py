@@ -152,7 +152,7 @@ class TestDenials:
 
         for reason, status in STATUSES.items():
             denial = Decision(False, reason, decision.cell, 1).response()
-            assert denial.status == status
+            assert denial.status_code == status
         assert {reason for reason, status in STATUSES.items() if status == 429} == {
             "quota", "pool", "concurrency",
         }  # fmt: skip

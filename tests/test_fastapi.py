@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Header
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
 
 from examples import fastapi_app
 from tieredlimit import Account, Decision, Limiter, TieredLimitMiddleware, UsageError
@@ -87,6 +87,53 @@ async def test_feature_taken_by_two_dependencies_and_a_route_is_charged_once(
     assert first.json()["remaining"] == 1
     assert first.headers["ratelimit"].startswith('"image-hour";r=1')
     assert routed.headers["ratelimit"].startswith('"image-hour";r=1')
+
+
+async def test_payer_that_comes_too_late_is_told_in_the_log(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    await client.post("/routed", headers={"x-user": "u"})
+
+    assert '"image" was charged to whom the middleware named' in caplog.messages[0]
+    assert "leave the routes out of the policy" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("feature", [["image"], {"a": 1}, 7, None, "imag", "x" * 10_000])
+async def test_feature_from_a_body_that_is_none_is_an_error_that_says_so(
+    limiter: Limiter, feature: Any
+) -> None:
+    app = FastAPI()
+    app.add_middleware(TieredLimitMiddleware, limiter=limiter)
+
+    @app.post("/")
+    async def handler(request: Request) -> Any:
+        with pytest.raises(UsageError, match="feature") as caught:
+            await request.state.tieredlimit.take(feature)
+        return len(str(caught.value))
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
+        told = (await client.post("/")).json()
+
+    assert told < 300
+
+
+async def test_denial_may_be_returned_by_a_handler(limiter: Limiter) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def handler() -> Any:
+        return (await limiter.take(Account("u"), "video")).response()
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
+        denied = await client.get("/")
+
+    assert denied.status_code == 403
+    assert denied.headers["content-type"] == "application/problem+json"
+    assert denied.json()["reason"] == "zero"
 
 
 async def test_denial_from_a_dependency_is_rendered_as_the_middlewares_own(

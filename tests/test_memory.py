@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -267,3 +269,35 @@ def test_without_a_clock_it_is_the_time_of_day() -> None:
 def test_maximum_below_one_is_refused(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"{name} must be at least 1, got {value}"):
         MemoryBackend(**{name: value})  # type: ignore[arg-type]  # the name decides the type
+
+
+@pytest.mark.fault("E8")
+def test_child_of_a_fork_in_mid_take_can_take() -> None:
+    script = """
+import asyncio, os, threading
+from tests.contract import charge, quota, shelf
+from tieredlimit.backends import MemoryBackend
+
+backend, stop = MemoryBackend(), threading.Event()
+one = [charge(shelf(quota("1000000/day")))]
+
+def busy():
+    while not stop.is_set():
+        asyncio.run(backend.take(one))
+
+threads = [threading.Thread(target=busy) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if asyncio.new_event_loop().run_until_complete(backend.take(one)).allowed else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")

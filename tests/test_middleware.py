@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import re
 import threading
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,7 +31,7 @@ from websockets.exceptions import InvalidStatus
 from tests.servers import Monitor
 from tests.serving import serve, serve_workers
 from tests.test_limiter import PATIENT, Broken, Clock, Spy
-from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware
+from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
 from tieredlimit.backends import MemoryBackend, RedisBackend
 from tieredlimit.identity import blocking
 from tieredlimit.limiter import Complaints
@@ -455,6 +456,10 @@ def wrong_identify(connection: HTTPConnection) -> Any:
     return "ann"
 
 
+def empty_identify(connection: HTTPConnection) -> Account | None:
+    return Account("")
+
+
 def unstorable_identify(connection: HTTPConnection) -> Account | None:
     return Account("\udcff")
 
@@ -478,13 +483,33 @@ class TestTrouble:
 
     @pytest.mark.parametrize(
         "failing",
-        [broken_identify, broken_identify_later, wrong_identify, unstorable_identify],
+        [broken_identify, broken_identify_later],
     )
     async def test_an_identify_that_fails_is_the_outage_answer(self, failing: Any) -> None:
         limiter = limiter_of(video=(["POST /videos"], "1/hour"))
         app = behind(limiter, plain, identify=failing)
 
         assert await statuses(app, ("POST", "/images"), ("POST", "/videos")) == [200, 503]
+
+    @pytest.mark.fault("C2")
+    @pytest.mark.parametrize("wrong", [wrong_identify, unstorable_identify, empty_identify])
+    async def test_an_identify_whose_account_is_none_charges_the_address(
+        self, wrong: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        limiter = limiter_of(video=(["POST /videos"], "1/hour"))
+        app = behind(limiter, plain, identify=wrong)
+
+        assert await statuses(app, *[("POST", "/videos")] * 3) == [200, 429, 429]
+        assert "identify gave what is no account" in caplog.messages[0]
+
+    def test_statuses_that_cannot_be_are_refused_when_the_application_starts(self) -> None:
+        for statuses, place in (
+            ({"quotas": 402}, "unknown reason 'quotas'"),
+            ({"quota": "429"}, "statuses['quota'] must be from 400 to 599, got '429'"),
+            ({"zero": 200}, "statuses['zero'] must be from 400 to 599, got 200"),
+        ):
+            with pytest.raises(UsageError, match=re.escape(place)):
+                TieredLimitMiddleware(plain, limiter=limiter_of(), statuses=statuses)  # type: ignore[arg-type]  # on purpose
 
     async def test_a_backend_of_others_that_breaks_its_promise_is_one_too(self) -> None:
         class Rude(Spy):
@@ -866,6 +891,10 @@ async def failing_later(scope: Scope, decision: Decision) -> ASGIApp:
     raise RuntimeError("oops")
 
 
+def mistaken(scope: Scope, decision: Decision) -> Any:
+    return {"detail": "no"}
+
+
 class TestOnDenied:
     @pytest.mark.parametrize("on_denied", [teapot, teapot_later])
     async def test_its_application_answers(self, on_denied: Any) -> None:
@@ -875,7 +904,7 @@ class TestOnDenied:
         assert (answer.status_code, answer.text) == (418, "zero /images")
         assert "ratelimit" not in answer.headers
 
-    @pytest.mark.parametrize("on_denied", [none, none_later, failing, failing_later])
+    @pytest.mark.parametrize("on_denied", [none, none_later, failing, failing_later, mistaken])
     async def test_otherwise_ours_does(
         self, on_denied: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -884,7 +913,7 @@ class TestOnDenied:
         app = behind(limiter, plain, on_denied=on_denied, statuses={"zero": 404})
 
         assert await statuses(app, *[("POST", "/images")] * 5) == [404] * 5
-        assert len(caplog.records) == (1 if on_denied in (failing, failing_later) else 0)
+        assert len(caplog.records) == (1 if on_denied in (failing, failing_later, mistaken) else 0)
 
 
 @pytest.mark.fault("E11")
@@ -924,11 +953,13 @@ class TestBrowsers:
 
         async with client_of(app) as client:
             for _ in range(3):
-                await client.options("/any", headers={"Access-Control-Request-Method": "POST"})
+                asking = {"Origin": "https://a", "Access-Control-Request-Method": "POST"}
+                await client.options("/any", headers=asking)
             assert spy.takes == []
             await client.options("/any")
+            await client.options("/any", headers={"Access-Control-Request-Method": "POST"})
 
-        assert len(spy.takes) == 1
+        assert len(spy.takes) == 2
         assert len(recorder.scopes) == 4
 
 

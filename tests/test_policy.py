@@ -879,3 +879,35 @@ def test_size_of_a_policy_adds_no_step_to_a_request(routes: int, tiers: int) -> 
     assert type(table._entries) is dict
     assert type(table._entries[tier]) is dict
     assert table.match("GET", f"/r{routes - 1}") == ("image", 1)
+
+
+@pytest.mark.parametrize(
+    ("route", "warning"),
+    [
+        ("PSOT /x", '"PSOT" is an unusual method; did you mean "POST"?'),
+        ("BREW /x", '"BREW" is an unusual method'),
+        ("POST /x/*", 'a "*" in a path stands for itself'),
+        ("POST /x%20y", "paths are matched decoded"),
+        ("* /x", None),
+        ("GET|QUERY /x/{rest:path}", None),
+    ],
+)
+def test_route_that_is_most_likely_a_slip_is_a_warning(route: str, warning: str | None) -> None:
+    policy = Policy.from_dict(
+        {
+            "features": {"image": {"routes": [route]}},
+            "tiers": {"everyone": {"quotas": {"image": "5/minute"}}},
+        }
+    )
+
+    assert [one.path for one in policy.warnings] == ["features.image.routes[0]"][: bool(warning)]
+    assert all(one.message.startswith(str(warning)) for one in policy.warnings)
+
+
+@pytest.mark.parametrize("rate", ["20/minute", "20 per minute", "20 / minute", "020/minutes"])
+def test_capacity_is_spelled_only_where_it_is_not_the_rates_amount(rate: str) -> None:
+    tiers = {"t": {"quotas": {"a": rate, "b": {"rate": rate, "capacity": 2}}}}
+    policy = Policy.from_dict({"features": {"a": {}, "b": {}}, "tiers": tiers})
+
+    assert policy.cell("t", "a").spell() == rate
+    assert policy.cell("t", "b").spell() == f"{rate} cap 2"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -304,6 +305,38 @@ class TestWhatStandsUnderOurKeys:
 
         assert keys_of(redis_server) == [bad.key]
         assert redis_server.command("GET", bad.key) == b"abc"
+
+
+class TestBusyEventLoops:
+    def _compute(self) -> None:
+        """Keep the event loop busy for longer than a decision may take."""
+        until = time.monotonic() + 2 * IMPATIENT
+        while time.monotonic() < until:
+            pass
+
+    @pytest.mark.parametrize("count", [1, 30])
+    async def test_reply_that_came_while_the_loop_was_busy_counts(
+        self, redis_url: str, count: int
+    ) -> None:
+        backend = RedisBackend.from_url(redis_url, timeout=IMPATIENT)
+        five = [charge(shelf(quota("5/hour")))]
+        await backend.open()
+
+        async def take_and_compute() -> Reply:
+            taking = asyncio.ensure_future(backend.take(five))
+            await asyncio.sleep(0)
+            self._compute()
+            return await taking
+
+        replies = [await take_and_compute() for _ in range(7)] if count == 1 else []
+        if count > 1:
+            taking = [asyncio.ensure_future(backend.take(five)) for _ in range(count)]
+            await asyncio.sleep(0)
+            self._compute()
+            replies = await asyncio.gather(*taking)
+
+        assert [reply.allowed for reply in replies].count(True) == 5
+        await backend.close()
 
 
 class TestOutages:
@@ -934,8 +967,14 @@ class TestConfiguration:
 
     @pytest.mark.parametrize("url", ["redis://[::1", "redis://localhost:port", "redis://h:99999"])
     def test_malformed_url_is_refused(self, url: str) -> None:
-        with pytest.raises(UsageError, match="the Redis URL or its options cannot be used"):
+        with pytest.raises(UsageError, match="the Redis URL cannot be read; write"):
             RedisBackend.from_url(url)
+
+    def test_password_in_a_malformed_url_is_not_told(self) -> None:
+        with pytest.raises(UsageError) as caught:
+            RedisBackend.from_url("redis://:s3cr#t@localhost:6379")
+
+        assert "s3cr" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
     def test_option_that_redis_does_not_know_is_refused(self) -> None:
         with pytest.raises(UsageError, match=r"cannot be used: .*sokcet_timeout"):

@@ -659,3 +659,27 @@ def test_templates_deeper_than_the_recursion_limit_are_walked() -> None:
     deep = "GET " + "".join(f"/{{a{number}}}/b" for number in range(2000))
 
     assert matcher(deep).match("GET", "/1/b" * 2000) == deep
+
+
+@pytest.mark.fault("E10")
+async def test_path_outside_the_root_path_matches_what_a_mount_would_run() -> None:
+    ran: list[str] = []
+
+    async def endpoint(request: Request) -> Response:
+        ran.append(request.path_params["model"])
+        return Response()
+
+    async def receive() -> Message:
+        return {}
+
+    async def send(message: Message) -> None: ...
+
+    router = Router([Mount("/v1", routes=[StarletteRoute("/{model}/generate", endpoint)])])
+    matcher = Matcher([(Route.parse("GET /v1/{model}/generate"), "generate")])
+    scope = {"type": "http", "method": "GET", "path": "/v1/generate", "root_path": "/api"}
+
+    await router({**scope, "headers": []}, receive, send)
+
+    assert ran == ["v1"]
+    assert matcher.match("GET", "/v1/generate", outside_root=True) == "generate"
+    assert matcher.match("GET", "/v1/generate") is None

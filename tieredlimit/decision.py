@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Literal
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tieredlimit._core.bucket import next_token_us, remaining, wait_us
@@ -143,7 +144,9 @@ class Decision:
     def response(
         self, *, statuses: Mapping[Reason, int] | None = None, legacy_fields: bool = False
     ) -> Denial:
-        """Return the ASGI application that answers this denial, over HTTP or WebSocket.
+        """Return the answer to this denial, over HTTP or WebSocket.
+
+        It is an ASGI application, and a Starlette response that a handler may return.
 
         `statuses` replaces the status of the reasons it names, `legacy_fields` adds
         `X-RateLimit-*`.
@@ -206,49 +209,43 @@ class Decision:
                 return f"The quota for {feature} is used up. Try again in {seconds} second{plural}."
 
 
-class Denial:
+class Denial(Response):
     """Answer a denied request: problem details (RFC 9457) over HTTP, a refusal over WebSocket.
 
-    `body`, `headers` (raw, without a language's) and `status` are what will be sent.
+    An ASGI application, and a Starlette response that handlers may return.
     """
+
+    media_type = "application/problem+json"
 
     def __init__(self, decision: Decision, status: int, legacy: bool) -> None:
         self.decision = decision
-        self.status = status
-        self.headers: list[Field] = [
-            (b"content-type", b"application/problem+json"),
-            (b"cache-control", b"no-store"),
-        ]
         self._retry_after: int | None = None
         if decision.retry_after is not None:
             self._retry_after = whole_seconds(round(decision.retry_after * SECOND_US))
-            self.headers.append((b"retry-after", b"%d" % self._retry_after))
+        self.status_code = status
+        super().__init__(self.document()[1], status)
+        self.raw_headers.append((b"cache-control", b"no-store"))
+        if self._retry_after is not None:
+            self.raw_headers.append((b"retry-after", b"%d" % self._retry_after))
         if len(decision.cell.messages) > 1:
-            self.headers.append((b"vary", b"accept-language"))
-        self.headers += decision.fields(legacy=legacy)
+            self.raw_headers.append((b"vary", b"accept-language"))
+        self.raw_headers += decision.fields(legacy=legacy)
 
-    async def __call__(
-        self,
-        scope: Scope,
-        receive: Receive,  # noqa: ARG002 -- an ASGI application
-        send: Send,
-    ) -> None:
-        """Send the answer."""
-        kind = "http.response"
-        if scope["type"] == "websocket":
-            kind = "websocket.http.response"
-            if kind not in (scope.get("extensions") or {}):
-                # Closing before accepting is all that is left: servers turn it into a plain 403.
-                await send({"type": "websocket.close", "code": 1008, "reason": ""})
-                return
-        language, body = self.body(_accept_language(scope))
-        headers = [*self.headers, (b"content-length", b"%d" % len(body))]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, in a language that the request accepts."""
+        if scope["type"] == "websocket" and "websocket.http.response" not in (
+            scope.get("extensions") or {}
+        ):
+            # Closing before accepting is all that is left: servers turn it into a plain 403.
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
+            return
+        language, self.body = self.document(_accept_language(scope))
+        self.headers["content-length"] = str(len(self.body))
         if language:
-            headers.append((b"content-language", language.encode()))
-        await send({"type": f"{kind}.start", "status": self.status, "headers": headers})
-        await send({"type": f"{kind}.body", "body": body})
+            self.headers["content-language"] = language
+        await super().__call__(scope, receive, send)
 
-    def body(self, accept_language: str | None = None) -> tuple[str, bytes]:
+    def document(self, accept_language: str | None = None) -> tuple[str, bytes]:
         """Return the language tag ("" for unsaid) and the problem document, as UTF-8 JSON."""
         decision = self.decision
         language, detail = decision._message(accept_language)  # noqa: SLF001 -- its other half
@@ -256,8 +253,8 @@ class Denial:
         violated = [quota.name for quota in decision.quotas if quota.denies]
         problem = {
             "type": kind,
-            "title": title or _phrase(self.status),
-            "status": self.status,
+            "title": title or _phrase(self.status_code),
+            "status": self.status_code,
             "detail": detail,
             "violated-policies": [decision.feature] if decision.reason == "zero" else violated,
             "reason": decision.reason,

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ _OUTAGE_RETRY = (1.0, 5.0)
 _LOG_INTERVAL = 1.0
 _LONGEST_COMPLAINT = 500
 _LONGEST_NAME = 32
+_MOST_PLACES = 8
 
 _log = logging.getLogger("tieredlimit")
 
@@ -153,12 +155,15 @@ class Limiter:
     ) -> None:
         await self.close()
 
-    def match(self, method: str, path: str) -> tuple[str, int] | None:
+    def match(
+        self, method: str, path: str, *, outside_root: bool = False
+    ) -> tuple[str, int] | None:
         """Return the feature and the cost that a request is metered as, None if it is not.
 
-        `path` is decoded and below the application's root path.
+        `path` is decoded and below the application's root path; `outside_root` says that there is
+        one and that the path does not begin with it.
         """
-        return self._table.match(method, path)
+        return self._table.match(method, path, outside_root=outside_root)
 
     async def take(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Charge `cost` tokens to every quota of the account's cell, or to none.
@@ -310,16 +315,20 @@ class Complaints:
         self._unsaid = 0
 
     def log(self, what: str, error: Exception) -> None:
-        """Log it with the error, and with a traceback where the error is not the store's."""
+        """Log it with the error, and with where it was raised, if not by the store."""
         now = self._clock()
         if now < self._quiet_until:
             self._unsaid += 1
             return
-        _log.warning(
-            "%s (%d more troubles since the last line): %s",
+        from_store = isinstance(error, BackendError)
+        places = [] if from_store else traceback.format_tb(error.__traceback__)
+        _log.log(
+            logging.WARNING if from_store else logging.ERROR,
+            "tieredlimit: %s: %s%s%s",
             what,
-            self._unsaid,
             f"{type(error).__name__}: {error}"[:_LONGEST_COMPLAINT],
-            exc_info=None if isinstance(error, BackendError) else error,
+            f" ({self._unsaid} more since the last line)" if self._unsaid else "",
+            # Without the exception: its text may quote all that a client sent.
+            "".join(["\n", *places[-_MOST_PLACES:]]) if places else "",
         )
         self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from tieredlimit._core.fields import Field
-from tieredlimit.decision import Decision, Reason
-from tieredlimit.errors import Denied
+from tieredlimit.decision import STATUSES, Decision, Reason
+from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
 from tieredlimit.request import STATE_KEY, RequestLimits
@@ -49,6 +49,9 @@ class TieredLimitMiddleware:
             headers that one sends, or None for ours. WebSockets that were not accepted come too.
         statuses: Statuses of denials by reason, where they should not be the usual ones.
         legacy_fields: Whether `X-RateLimit-*` are sent as well.
+
+    Raises:
+        UsageError: `statuses` names an unknown reason, or a status that is no denial.
     """
 
     def __init__(
@@ -62,6 +65,14 @@ class TieredLimitMiddleware:
         statuses: Mapping[Reason, int] | None = None,
         legacy_fields: bool = False,
     ) -> None:
+        for reason, status in (statuses or {}).items():
+            if reason not in STATUSES:
+                known = ", ".join(STATUSES)
+                raise UsageError(f"statuses: unknown reason {reason!r:.80}; known are {known}")
+            if type(status) is not int or not 400 <= status <= 599:
+                raise UsageError(
+                    f"statuses[{reason!r}] must be from 400 to 599, got {status!r:.80}"
+                )
         self.app = app
         self.limiter = limiter
         self._identify = identify
@@ -125,7 +136,8 @@ class TieredLimitMiddleware:
         """Charge the request, and return its answer where it must not go on."""
         if not self.limiter.enabled or _is_preflight(scope):
             return None
-        matched = self.limiter.match(scope.get("method", "GET"), _route_path(scope))
+        path, outside_root = _route_path(scope)
+        matched = self.limiter.match(scope.get("method", "GET"), path, outside_root=outside_root)
         if matched is None:
             return None
         try:
@@ -157,6 +169,9 @@ class TieredLimitMiddleware:
                 answer = self._on_denied(scope, decision)
                 if inspect.isawaitable(answer):
                     answer = await answer
+                if answer is not None and not callable(answer):
+                    kind = type(answer).__name__
+                    raise UsageError(f"it must return an ASGI application or None, got a {kind}")
             except Exception as exc:  # noqa: BLE001 -- a denial stays one, whatever goes wrong
                 answer = None
                 self.limiter.complaints.log("on_denied failed; the built-in answer was sent", exc)
@@ -183,21 +198,27 @@ class TieredLimitMiddleware:
             raise
 
 
-def _route_path(scope: Scope) -> str:
-    """Return the path that the router behind us will match: decoded, below the root path."""
+def _route_path(scope: Scope) -> tuple[str, bool]:
+    """Return the path that the router behind us will match, and whether it is outside the root.
+
+    It is decoded, and below the root path where it begins with that.
+    """
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
-    if not root or not path.startswith(root):
-        return path
+    if not root:
+        return path, False
     below = path[len(root) :]
     # A root path that ends in mid-segment is none of the router's, and so none of ours.
-    return below if not below or below[0] == "/" else path
+    if path.startswith(root) and (not below or below[0] == "/"):
+        return below, False
+    return path, True
 
 
 def _is_preflight(scope: Scope) -> bool:
-    return scope.get("method") == "OPTIONS" and any(
-        name.lower() == b"access-control-request-method" for name, _ in scope["headers"]
-    )
+    if scope.get("method") != "OPTIONS":
+        return False
+    names = {name.lower() for name, _ in scope["headers"]}
+    return b"origin" in names and b"access-control-request-method" in names
 
 
 def _replace(headers: Any, fields: list[Field]) -> list[Field]:

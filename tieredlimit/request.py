@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import Decision
-from tieredlimit.errors import Denied
+from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Identify, resolve
 from tieredlimit.limiter import Limiter
 
@@ -63,8 +63,7 @@ class RequestLimits:
     async def account(self) -> Account:
         """Return who this request is charged to, asking `identify` at most once.
 
-        Raises:
-            UsageError: `identify` answered with something else than an account or None.
+        Where that gives something else than an account or None, it is the client's address.
         """
         if self._account is None:
             # Two takes at once ask once.
@@ -86,9 +85,13 @@ class RequestLimits:
             HTTPException: `identify` raised it, to answer the request itself.
             Denied: `identify` raised it.
         """
-        decision = self.decisions.get(feature)
+        # From a request's body a feature may be anything; `Limiter.take` says what is wrong.
+        decision = self.decisions.get(feature) if type(feature) is str else None
         if decision is not None:
+            self._warn_of_another(feature, account)
             return decision
+        if type(feature) is not str:
+            return await self.take_first(feature, cost, account)
         pending = self._pending.get(feature)
         if pending is None:
             # A task, so that a second door that comes while the first still waits joins it.
@@ -117,15 +120,35 @@ class RequestLimits:
         first, *others = [decision.fields(legacy=legacy) for decision in self.decisions.values()]
         return _merge([first, *others]) if others else first
 
+    def _warn_of_another(self, feature: str, account: Account | None) -> None:
+        """Log where a door names another payer than the one who was charged before it."""
+        charged = self._account
+        if account is None or charged is None:
+            return
+        if (account.id, account.anonymous) != (charged.id, charged.anonymous):
+            told = "leave the routes out of the policy for a feature that handlers charge"
+            self.limiter.complaints.log(
+                f'"{feature}" was charged to whom the middleware named, before a handler named '
+                "another account",
+                UsageError(told),
+            )
+
     async def _ask(self) -> Account:
         if self._account is not None:
             return self._account  # another take has asked while this one waited
         for identify in (self._identify, self._anonymous):
-            if identify is not None:
+            if identify is None:
+                continue
+            try:
                 answer = identify(self.connection)
                 account = answer if isinstance(answer, Account) else await resolve(answer)
-                if account is not None:
-                    return account
+            except UsageError as exc:
+                # An id that cannot be one may be the client's doing, and must not let it in free.
+                told = "identify gave what is no account, the client is charged by its address"
+                self.limiter.complaints.log(told, exc)
+                continue
+            if account is not None:
+                return account
         return Account("unknown", anonymous=True)
 
 

@@ -40,14 +40,14 @@ class Account:
 
     def __post_init__(self) -> None:
         # Made for every metered request: what is usual passes without a call.
-        if type(self.id) is not str or not self.id:
+        if type(self.id) is not str or not self.id or not self.id.isascii():
             _require_id("account id", self.id)
         if self.plan is not None and not isinstance(self.plan, str):
             raise UsageError(f"plan must be a string or None, got {_told(self.plan)}")
         if type(self.within) is not dict and not isinstance(self.within, Mapping):
             raise UsageError(f"within must be a mapping, got {_told(self.within)}")
         for per, subject in self.within.items():
-            if type(subject) is not str or not subject:
+            if type(subject) is not str or not subject or not subject.isascii():
                 _require_id(f"within[{per!r:.80}]", subject)
         if self.tags or type(self.tags) is not frozenset:
             _require_tags(self.tags)
@@ -71,6 +71,11 @@ def _require_id(place: str, value: object) -> None:
         raise UsageError(f"{place} must be a string, got {_told(value)}")
     if not value:
         raise UsageError(f"{place} must not be empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        told = f"{value!r:.80} holds a lone surrogate at {exc.start}"
+        raise UsageError(f"{place} must be text that UTF-8 can hold: {told}") from None
 
 
 def _require_tags(tags: object) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
 from tieredlimit._core.quota import MAX_AMOUNT
-from tieredlimit._core.reading import Reading, join, spell
+from tieredlimit._core.reading import Reading, did_you_mean, join, spell
 from tieredlimit._core.routes import Route, clashes
 from tieredlimit._core.tier import Feature, Outage
 
@@ -14,6 +15,8 @@ WORDS = ("routes", "outage")
 OUTAGES = ("allow", "deny")
 
 _LATER = ("pool", "refund_on")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
+_ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
 
 
 def read_features(reading: Reading, value: Any) -> dict[str, Feature]:
@@ -59,8 +62,21 @@ def _read_routes(reading: Reading, path: str, value: Any) -> list[tuple[str, Rou
         route = reading.parse(place, Route.parse, text)
         tokens = reading.whole(place, cost, 1, MAX_AMOUNT)
         if route is not None and tokens is not None:
+            _check_spelling(reading, place, route)
             routes.append((place, route, tokens))
     return routes
+
+
+def _check_spelling(reading: Reading, place: str, route: Route) -> None:
+    """Warn of what is allowed and yet most likely meant otherwise: it would meter nothing."""
+    for method in sorted(route.methods or ()):
+        if method not in _METHODS:
+            hint = did_you_mean(method, _METHODS)
+            reading.warn(place, f'"{method}" is an unusual method{hint}')
+    if "*" in route.path:
+        reading.warn(place, 'a "*" in a path stands for itself; for any path write {rest:path}')
+    if _ENCODED.search(route.path):
+        reading.warn(place, "paths are matched decoded: an encoded character never matches")
 
 
 def _read_outage(reading: Reading, path: str, value: Any) -> Outage:

@@ -31,13 +31,14 @@ class Matcher(Generic[T]):
         if any(route.pattern != route.shape for route, _ in routes):
             self._bare = _Index((route.methods, route.shape, value) for route, value in routes)
 
-    def match(self, method: str, path: str) -> T | None:
+    def match(self, method: str, path: str, *, outside_root: bool = False) -> T | None:
         """Return the value of the most specific route that covers the request, or None.
 
         `path` is decoded and below the root path, as the router sees it. Segment by segment, text
         beats text with a parameter, which beats `{id}`, which beats `{rest:path}`; a template of
         other methods hides nothing. The path as given is tried first, then without doubled and
-        trailing slashes: `/files/` is `/files/{rest:path}` before it is `/files`.
+        trailing slashes: `/files/` is `/files/{rest:path}` before it is `/files`. `outside_root`
+        says that there is a root path which the request's path does not begin with.
         """
         # Not every router compares methods exactly: endpoints that are classes may fold their case.
         method = method.upper()
@@ -47,23 +48,24 @@ class Matcher(Generic[T]):
         hit = self._written.find(method, path)
         if hit is None and self._bare is not self._written:
             hit = self._bare.find(method, path)
-        if hit is None and ("//" in path or path.endswith(("/", "\n"))):
-            spellings = _spellings(path, self._depth)
+        if hit is None and (outside_root or "//" in path or path.endswith(("/", "\n"))):
+            spellings = _spellings(path, self._depth, outside_root)
             hits = (self._bare.find(method, spelling) for spelling in spellings)
             hit = next(filter(None, hits), None)
         return hit[0] if hit else None
 
 
-def _spellings(path: str, depth: int) -> Iterator[str]:
+def _spellings(path: str, depth: int, outside_root: bool) -> Iterator[str]:
     """Yield other spellings of `path` that some router takes for the same, nearest first."""
     single = _SLASHES.sub("/", path)
     bare = path.removesuffix("\n").rstrip("/")
     yield single
     yield bare or "/"
     yield single.removesuffix("\n").rstrip("/") or "/"
-    if path.endswith("\n"):
-        # Starlette's Mount takes one character too many off such a path, its child then matches
-        # the whole of it: `/mount/x\n` runs the child's `/{id}/x`, which we know with its mount.
+    if outside_root or path.endswith("\n"):
+        # Starlette's Mount takes one character too many off a path with a last newline, and nothing
+        # off a path outside the root path. Its child then matches the whole of it: `/mount/x\n`
+        # runs the child's `/{id}/x`, which we know with its mount.
         slash = 0
         for _ in range(depth):
             slash = path.find("/", slash + 1)

@@ -85,7 +85,10 @@ def parse_duration(value: object) -> int:
     """Read a duration such as `"7 days"` and return microseconds."""
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[1]) == 0:
-        raise ValueError(f'got {spell(value)}; write a duration such as "7 days" or "36 hours"')
+        raise ValueError(
+            f'got {spell(value)}; write a duration such as "7 days" or "36 hours", '
+            "in seconds, minutes, hours, days or weeks, at least one"
+        )
     duration_us = int(match[1]) * _UNIT_US[match[2]]
     if duration_us > 10 * TEN_YEARS_US:
         raise ValueError(f"got {spell(value)}; a duration is at most 100 years (36,500 days)")

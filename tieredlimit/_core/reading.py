@@ -158,5 +158,6 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return a hint at the known word that is closest, or nothing."""
     if not isinstance(word, str) or len(word) > _LONGEST:
         return ""
-    close = get_close_matches(word.lower(), list(known), n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    by_lower = {one.lower(): one for one in known}
+    close = get_close_matches(word.lower(), list(by_lower), n=1)
+    return f'; did you mean "{by_lower[close[0]]}"?' if close else ""

@@ -132,9 +132,11 @@ class Table:
         self._planless = _rows_for(None, whens)
         self.asks_age = any(when.asks_age for _, when in whens)
 
-    def match(self, method: str, path: str) -> tuple[str, int] | None:
+    def match(
+        self, method: str, path: str, *, outside_root: bool = False
+    ) -> tuple[str, int] | None:
         """Return the feature that a request is metered as, and its cost; None if it is not."""
-        return self._matcher.match(method, path)
+        return self._matcher.match(method, path, outside_root=outside_root)
 
     def tier_of(self, account: Account, now: int) -> str:
         """Return the first tier whose `when` the account meets at the instant `now`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 from tieredlimit._core.condition import When
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.routes import Route
+
+_AMOUNT = re.compile(r"\s*([0-9]+)")
 
 Outage = Literal["allow", "deny"]
 
@@ -64,6 +67,7 @@ class Tier:
 
 def _spell_quota(quota: Quota) -> str:
     text = quota.rate
-    if not text.lstrip().startswith(f"{quota.capacity}/"):
+    amount = _AMOUNT.match(text)
+    if amount is None or int(amount[1]) != quota.capacity:
         text = f"{text} cap {quota.capacity}"
     return f"{text} per {quota.per}" if quota.per else text

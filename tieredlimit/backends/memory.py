@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from threading import Lock
+from weakref import WeakSet
 
 from tieredlimit._core.bucket import debit, settle_instant
 from tieredlimit._core.table import Shelf
@@ -23,6 +25,10 @@ _SWEEP_WHEN_FULL = 1_000
 
 _Held = tuple[tuple[str, ...], tuple[int, ...]]
 """The names of a key's buckets, shared by all keys of a shelf, and the instant of each."""
+
+
+_living: WeakSet[MemoryBackend] = WeakSet()
+_held_by_fork: list[Lock] = []
 
 
 def system_clock() -> int:
@@ -62,6 +68,7 @@ class MemoryBackend:
         self._accounts = _Room(max_keys, "max_keys")
         self._strangers = _Room(max_catch_all_keys, "max_catch_all_keys")
         self._lock = Lock()
+        _living.add(self)
 
     def __len__(self) -> int:
         """Return the number of keys kept."""
@@ -242,3 +249,19 @@ class _Room:
             heappush(self._heap, slot)
         else:
             keys.append(key)
+
+
+def _before_fork() -> None:
+    # Nobody may be in the middle of a take: in the child, which has no other thread, a lock that
+    # was held would never be released.
+    for backend in list(_living):
+        backend._lock.acquire()  # noqa: SLF001 -- of this module
+        _held_by_fork.append(backend._lock)  # noqa: SLF001 -- of this module
+
+
+def _after_fork() -> None:
+    while _held_by_fork:
+        _held_by_fork.pop().release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from hashlib import sha1
 from importlib.resources import files
 from threading import Lock
+from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, WeakSet
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -30,6 +31,8 @@ STALL_TIMEOUT = 1.0
 _SCHEMES = ("redis", "rediss", "unix")
 _TAKE = files("tieredlimit.backends").joinpath("lua/take.lua").read_text("utf-8")
 _TAKE_SHA = sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
+
+_living: WeakSet[RedisBackend] = WeakSet()
 
 _log = logging.getLogger("tieredlimit")
 
@@ -79,8 +82,7 @@ class RedisBackend:
         self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = WeakKeyDictionary()
         self._lock = Lock()
         self._left_to_parent: list[object] = []
-        forked = WeakMethod(self._after_fork)
-        os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
+        _living.add(self)
 
     @classmethod
     def from_url(
@@ -117,8 +119,14 @@ class RedisBackend:
             # Made, not connected: an option that connections do not know shows here.
             pool: Any = client.connection_pool
             pool.make_connection()
-        except (RedisError, ValueError, TypeError) as exc:
-            raise UsageError(f"the Redis URL or its options cannot be used: {exc}") from exc
+        except (RedisError, TypeError) as exc:
+            raise UsageError(f"the options of the Redis client cannot be used: {exc}") from exc
+        except ValueError:
+            # Neither the text nor the cause: both may show a part of a password.
+            raise UsageError(
+                "the Redis URL cannot be read; write redis://user:password@host:6379/0, with any "
+                "of :/?#[]@ in user or password as %3A and so on"
+            ) from None
         return cls(client, clock=clock, timeout=timeout)
 
     def now(self) -> int:
@@ -160,7 +168,7 @@ class RedisBackend:
         ]
         link = self._link()
         try:
-            async with asyncio.timeout(self._timeout):
+            async with _Patience(self._timeout):
                 await link.open()
                 try:
                     reply = await link.send("EVALSHA", _TAKE_SHA, *arguments)
@@ -212,8 +220,53 @@ class RedisBackend:
     def _learn_clock(self, now: int) -> None:
         self._offset_us = now - time.monotonic_ns() // 1000
 
-    def _after_fork(self) -> None:
+    def leave_to_parent(self) -> None:
+        """Start anew in the child of a fork."""
         # Kept and never closed: the parent still talks over these sockets.
         self._left_to_parent.append(self._links)
         self._links = WeakKeyDictionary()
         self._lock = Lock()
+
+
+class _Patience:
+    """Raise TimeoutError in its block after so many seconds, unless a reply has come by then.
+
+    An event loop that was busy wakes up to an expired timer and an unread reply at once. The reply
+    counts: Redis did answer, and may have charged. So the loop reads first.
+    """
+
+    # From a readable socket to a running caller: the parser, the reader's task, the caller's.
+    _TURNS = 3
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._limit = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+        loop = asyncio.get_running_loop()
+        self._next: asyncio.Handle = loop.call_later(self._seconds, self._turn, self._TURNS)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._next.cancel()
+        await self._limit.__aexit__(kind, error, traceback)
+
+    def _turn(self, left: int) -> None:
+        loop = asyncio.get_running_loop()
+        if left:
+            self._next = loop.call_soon(self._turn, left - 1)
+        else:
+            self._limit.reschedule(loop.time())
+
+
+def _after_fork() -> None:
+    for backend in list(_living):
+        backend.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)

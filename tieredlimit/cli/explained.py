@@ -73,7 +73,7 @@ def page(explanation: Explanation) -> Iterator[str]:
     yield from _section("answer", [_answer(decision)], "green" if decision.allowed else "red")
     if not decision.allowed:
         yield from _section("", _texts(decision))
-    fields = decision.fields() if decision.allowed else decision.response().headers
+    fields = _fields(decision)
     yield from (f"{'':{_LABEL}}{name.decode()}: {value.decode()}" for name, value in fields)
     if decision.allowed and decision.quotas and decision.cell.messages:
         yield from _section("used up", ["429 Too Many Requests, with:", *_texts(decision)])
@@ -138,7 +138,7 @@ def _answer(decision: Decision) -> str:
         return f"allowed if {full} full" + (
             "" if fits is None else f", {count(fits, 'time')} in a row"
         )
-    status = HTTPStatus(decision.response().status)
+    status = HTTPStatus(decision.response().status_code)
     told = f"{status.value} {status.phrase}"
     if cell.zero:
         return f"{told}: this tier has 0, and no waiting helps"
@@ -231,12 +231,20 @@ def request_document(request: Request) -> dict[str, object]:
     return {"method": request.method, "path": request.path, "websocket": request.websocket}
 
 
+def _fields(decision: Decision) -> list[tuple[bytes, bytes]]:
+    """Return what a client reads of the decision in the head of its response."""
+    if decision.allowed:
+        return decision.fields()
+    headers = decision.response().raw_headers
+    return [(name, value) for name, value in headers if name != b"content-length"]
+
+
 def _answer_document(decision: Decision) -> dict[str, object]:
-    fields = decision.fields() if decision.allowed else decision.response().headers
+    fields = _fields(decision)
     return {
         "allowed": decision.allowed,
         "reason": decision.reason,
-        "status": None if decision.allowed else decision.response().status,
+        "status": None if decision.allowed else decision.response().status_code,
         "headers": {name.decode(): value.decode() for name, value in fields},
-        "body": None if decision.allowed else json.loads(decision.response().body()[1]),
+        "body": None if decision.allowed else json.loads(decision.response().document()[1]),
     }
