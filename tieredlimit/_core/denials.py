@@ -1,0 +1,46 @@
+"""Denials remembered for a moment, so that hammering costs the store nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+LONGEST_US = 1_000_000
+"""The longest that a denial is remembered: what was given back since counts after this at last."""
+
+MOST = 10_000
+
+
+class Denials:
+    """Remember who was denied which cost, and how far the buckets were from full.
+
+    Buckets only fill as time passes, and other takes only empty them: until the cost fits it stays
+    denied, and so does any larger one. Instants are microseconds on the backend's clock.
+    """
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held: dict[object, tuple[int, int, int, Sequence[int]]] = {}
+
+    def remember(
+        self, key: object, cost: int, now: int, wait_us: int, debts: Sequence[int]
+    ) -> None:
+        """Keep a denial of `cost` that ends `wait_us` from now, or sooner."""
+        if len(self.held) >= MOST:
+            # Whoever is dropped is asked about once more; that is all.
+            self.held.clear()
+        self.held[key] = (cost, now, now + min(wait_us, LONGEST_US), debts)
+
+    def recall(self, key: object, cost: int, now: int) -> list[int] | None:
+        """Return the debts as of now if the cost is still denied, None if the store must say."""
+        denial = self.held.get(key)
+        if denial is None:
+            return None
+        denied_cost, since, until, debts = denial
+        if not since <= now < until:
+            del self.held[key]
+            return None
+        if cost < denied_cost:
+            return None
+        elapsed = now - since
+        return [debt - elapsed if debt > elapsed else 0 for debt in debts]
