@@ -22,7 +22,8 @@ class Account:
             not ask for one can match.
         created_at: When the account was made, with a time zone. None is unknown and counts as new.
         tags: Labels a tier may ask for.
-        within: Subjects around the account that are charged as well, such as `{"org": "o7"}`.
+        within: Subjects around the account that are charged as well, such as `{"org": "o7"}`, from
+            the inside out: `{"team": "t1", "org": "o7"}`. Always name all that a quota charges.
         anonymous: True for somebody without an account, whose id is a client address. An anonymous
             id never shares a bucket with an account of the same id.
 

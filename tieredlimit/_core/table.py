@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from struct import pack
+from zlib import crc32
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.condition import When
@@ -14,6 +15,8 @@ from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.tier import Cell, Feature
 
+_FIRST_SHARD = ":0}"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shelf:
@@ -22,9 +25,9 @@ class Shelf:
     Attributes:
         quotas: The quotas, at least one.
         per: The subject around the account that is charged, None for the account itself.
-        prefix: The key without the subject.
+        prefix: The key without the subject, on the first shard.
         catch_all: True in the last of several tiers, where strangers land.
-        names: The quotas' names, in their order.
+        tags: What stands for the quotas' names in a store, in their order.
         packed: What a take of cost 1 charges, as the store's script reads it.
         packed_peek: The same for cost 0.
     """
@@ -33,17 +36,18 @@ class Shelf:
     per: str | None
     prefix: str
     catch_all: bool
-    names: tuple[str, ...] = field(init=False)
+    tags: tuple[int, ...] = field(init=False)
     packed: bytes = field(init=False, repr=False)
     packed_peek: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(quota.name for quota in self.quotas))
+        tags = tuple(int.from_bytes(quota.tag, "little") for quota in self.quotas)
+        object.__setattr__(self, "tags", tags)
         object.__setattr__(self, "packed", self._pack(1))
         object.__setattr__(self, "packed_peek", self._pack(0))
 
-    def key(self, account: Account) -> str:
-        """Return the key of the account's buckets.
+    def key(self, account: Account, shard: int = 0) -> str:
+        """Return the key of the account's buckets on a shard.
 
         An account that is not within such a subject stands alone, as a subject of its own that no
         id can spell.
@@ -51,13 +55,17 @@ class Shelf:
         Raises:
             UsageError: An id cannot be stored.
         """
+        prefix = self.prefix
+        if shard:
+            before, _, after = prefix.partition(_FIRST_SHARD)
+            prefix = f"{before}:{shard}}}{after}"
         if self.per is None:
-            return self.prefix + subject_name(account.id, ADDRESS if account.anonymous else "")
+            return prefix + subject_name(account.id, ADDRESS if account.anonymous else "")
         subject = account.within.get(self.per)
         if subject is None:
             mark = STAND_IN + ADDRESS if account.anonymous else STAND_IN
-            return self.prefix + subject_name(account.id, mark)
-        return self.prefix + subject_name(subject)
+            return prefix + subject_name(account.id, mark)
+        return prefix + subject_name(subject)
 
     def packed_for(self, cost: int) -> bytes:
         """Return what a take of `cost` charges, as the store's script reads it."""
@@ -70,7 +78,7 @@ class Shelf:
 
         All are whole microseconds below 2**53, which a double holds exactly.
         """
-        return b"".join(
+        packed = b"".join(
             pack(
                 "<4sddd",
                 quota.tag,
@@ -80,6 +88,7 @@ class Shelf:
             )
             for quota in self.quotas
         )
+        return b"$%d\r\n%b\r\n" % (len(packed), packed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,10 +116,21 @@ class Table:
     Built once per policy and namespace; never changed.
     """
 
-    __slots__ = ("_by_plan", "_entries", "_last", "_matcher", "_planless", "asks_age", "policy")
+    __slots__ = (
+        "_by_plan",
+        "_entries",
+        "_last",
+        "_matcher",
+        "_pers",
+        "_planless",
+        "_shards",
+        "asks_age",
+        "policy",
+    )
 
-    def __init__(self, policy: Policy, namespace: str) -> None:
+    def __init__(self, policy: Policy, namespace: str, shards: int = 1) -> None:
         self.policy = policy
+        self._shards = shards
         self._matcher: Matcher[tuple[str, int]] = Matcher(
             (route, (feature.name, cost))
             for feature in policy.features.values()
@@ -124,6 +144,13 @@ class Table:
                 for name, cell in tier.cells.items()
             }
             for i, tier in enumerate(policy.tiers)
+        }
+        self._pers = {
+            quota.per
+            for tier in policy.tiers
+            for cell in tier.cells.values()
+            for quota in cell.quotas
+            if quota.per is not None
         }
         whens = [(tier.name, tier.when) for tier in policy.tiers if tier.when is not None]
         plans = {plan for _, when in whens for plan in when.plan or ()}
@@ -146,6 +173,21 @@ class Table:
             if when.failing_word(account, now) is None:
                 return name
         return self._last
+
+    def shard_of(self, account: Account) -> int:
+        """Return the shard that holds all buckets an account is charged to.
+
+        It follows the outermost subject around the account that any quota charges, so that what
+        accounts share is in one place; subjects are named from the inside out.
+        """
+        if self._shards == 1:
+            return 0
+        outermost = next((per for per in reversed([*account.within]) if per in self._pers), None)
+        if outermost is None:
+            name = f"{ADDRESS if account.anonymous else ''}:{account.id}"
+        else:
+            name = f"{outermost}:{account.within[outermost]}"
+        return crc32(name.encode("utf-8", "surrogatepass")) % self._shards
 
     def entry(self, tier: str, feature: str) -> Entry:
         """Return the cell of a tier and a feature; a name that is not there is a KeyError."""

@@ -5,27 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
 from threading import Lock
+from typing import Any
 from weakref import WeakSet
 
-from tieredlimit._core.bucket import debit, settle_instant
+from tieredlimit._core.bucket import debit
 from tieredlimit._core.table import Shelf
 from tieredlimit.backends.backend import Charge, Reply
-from tieredlimit.errors import BackendError, UsageError
+from tieredlimit.backends.rooms import TAG_MASK, Room, fold
+from tieredlimit.errors import UsageError
 
 MAX_KEYS = 1_000_000
 MAX_CATCH_ALL_KEYS = 100_000
-
-_SLOT_BITS = (
-    20  # keys that fill up within the same 2**20 microseconds, about a second, share a slot
-)
-_SWEEP = 8
-_SWEEP_WHEN_FULL = 1_000
-
-_Held = tuple[tuple[str, ...], tuple[int, ...]]
-"""The names of a key's buckets, shared by all keys of a shelf, and the instant of each."""
-
 
 _living: WeakSet[MemoryBackend] = WeakSet()
 _held_by_fork: list[Lock] = []
@@ -65,8 +56,8 @@ class MemoryBackend:
             if value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         self.now = clock
-        self._accounts = _Room(max_keys, "max_keys")
-        self._strangers = _Room(max_catch_all_keys, "max_catch_all_keys")
+        self._accounts = Room(max_keys, "max_keys")
+        self._strangers = Room(max_catch_all_keys, "max_catch_all_keys")
         self._lock = Lock()
         _living.add(self)
 
@@ -87,10 +78,51 @@ class MemoryBackend:
             BackendError: There is no room for a subject not yet known; nothing was charged.
         """
         with self._lock:
-            return self._take(charges, self.now())
+            now = self.now()
+            if len(charges) == 1:
+                reply = self._take_one(charges[0], now)
+                if reply is not None:
+                    return reply
+            return self._take(charges, now)
+
+    def _take_one(self, charge: Charge, now: int) -> Reply | None:
+        """Allow what almost every take is: one key, held with just the buckets that it charges.
+
+        None where it is not so, or where it is denied: nothing was done, `_take` decides.
+        """
+        key, shelf, cost = charge
+        room = self._strangers if shelf.catch_all else self._accounts
+        held: Any = room.held.get(key)
+        if held is None or not cost:
+            return None
+        tags = shelf.tags
+        if type(held) is int:
+            if held & TAG_MASK != tags[0] or len(tags) != 1:
+                return None
+            stored = (held >> 32,)
+        elif held[0] == tags:
+            stored = held[1:]
+        else:
+            return None
+        instants, debts = [], []
+        for at, quota in zip(stored, shelf.quotas):  # noqa: B905 -- as many as tags; strict costs
+            if at < now:
+                at = now
+            elif at - now > quota.clamp_us:
+                return None
+            at += cost * quota.interval_us
+            debt = at - now
+            if debt > quota.window_us:
+                return None
+            instants.append(at)
+            debts.append(debt)
+        room.held[key] = fold(tags, instants)
+        if room.due <= now:
+            room.sweep(now)
+        return Reply(True, now, debts)
 
     def _take(self, charges: Sequence[Charge], now: int) -> Reply:
-        read: dict[str, tuple[_Room, Shelf, list[int], bool]] = {}
+        read: dict[str, tuple[Room, Shelf, list[int], bool]] = {}
         for key, shelf, _ in charges:
             if key not in read:
                 room = self._room(key, shelf)
@@ -114,7 +146,7 @@ class MemoryBackend:
         return Reply(debited is not None, now, debts)
 
     def _make_room(
-        self, written: set[str], read: dict[str, tuple[_Room, Shelf, list[int], bool]], now: int
+        self, written: set[str], read: dict[str, tuple[Room, Shelf, list[int], bool]], now: int
     ) -> None:
         """Make sure that all new keys fit before any is written: else nothing is charged."""
         for room in (self._accounts, self._strangers):
@@ -126,7 +158,7 @@ class MemoryBackend:
     def _debit(
         self,
         charges: Sequence[Charge],
-        read: dict[str, tuple[_Room, Shelf, list[int], bool]],
+        read: dict[str, tuple[Room, Shelf, list[int], bool]],
         now: int,
     ) -> dict[str, list[int]] | None:
         """Return the instants after charging, by key, or None where a charge does not fit."""
@@ -140,7 +172,7 @@ class MemoryBackend:
                 instants[i] = candidate
         return debited
 
-    def _room(self, key: str, shelf: Shelf) -> _Room:
+    def _room(self, key: str, shelf: Shelf) -> Room:
         """Return the room a key belongs to, moving it there if a new policy calls for that."""
         room, other = self._accounts, self._strangers
         if shelf.catch_all:
@@ -148,107 +180,6 @@ class MemoryBackend:
         if key not in room.held and key in other.held:
             room.adopt(key, other.held.pop(key))
         return room
-
-
-class _Room:
-    """Hold keys up to a maximum, and forget the full ones.
-
-    Each key stands in the slot of the instant at which it was going to be full when it was put
-    there. When that has passed it is either full and leaves, or moves to the slot of its instant
-    today: so work is bounded by what expires, whatever the number of keys.
-    """
-
-    __slots__ = ("_heap", "_maximum", "_name", "_slots", "held")
-
-    def __init__(self, maximum: int, name: str) -> None:
-        self.held: dict[str, _Held] = {}
-        self._maximum = maximum
-        self._name = name
-        self._slots: dict[int, list[str]] = {}
-        self._heap: list[int] = []
-
-    def read(self, key: str, shelf: Shelf, now: int) -> tuple[list[int], bool]:
-        """Return the instant of each quota's bucket, and whether a clamp lowered one."""
-        held = self.held.get(key)
-        if held is None:
-            return [now] * len(shelf.quotas), False
-        names, stored = held
-        if names is not shelf.names:
-            by_name = dict(zip(names, stored, strict=True))
-            stored = tuple(by_name.get(name, now) for name in shelf.names)
-        instants = [
-            settle_instant(at, now, quota.clamp_us)
-            for at, quota in zip(stored, shelf.quotas, strict=True)
-        ]
-        lowered = any(at < was for at, was in zip(instants, stored, strict=True))
-        return instants, lowered
-
-    def write(
-        self, key: str, shelf: Shelf, instants: list[int], now: int, *, reschedule: bool
-    ) -> None:
-        """Keep a key's instants, together with buckets of other names that are not yet full."""
-        names, kept = shelf.names, tuple(instants)
-        held = self.held.get(key)
-        if held is None:
-            reschedule = True
-        elif held[0] is not names:
-            others = [
-                (name, at)
-                for name, at in zip(*held, strict=True)
-                if name not in shelf.names and at > now
-            ]
-            if others:
-                names += tuple(name for name, _ in others)
-                kept += tuple(at for _, at in others)
-        self.held[key] = (names, kept)
-        if reschedule:
-            self._schedule(key, max(kept))
-
-    def adopt(self, key: str, held: _Held) -> None:
-        """Take over a key from another room, even beyond the maximum: it is not full."""
-        self.held[key] = held
-        self._schedule(key, max(held[1]))
-
-    def require_space(self, new: int, now: int) -> None:
-        """Make sure that so many more keys fit.
-
-        Raises:
-            BackendError: Every key is in use.
-        """
-        if len(self.held) + new > self._maximum:
-            self.sweep(now, _SWEEP_WHEN_FULL)
-            if len(self.held) + new > self._maximum:
-                raise BackendError(
-                    f"memory holds {len(self.held)} buckets in use, {self._name} allows no more"
-                )
-
-    def sweep(self, now: int, most: int = _SWEEP) -> None:
-        """Forget keys that are full, looking at `most` keys."""
-        current = now >> _SLOT_BITS
-        while self._heap and self._heap[0] < current and most:
-            most -= 1
-            slot = self._heap[0]
-            keys = self._slots[slot]
-            key = keys.pop()
-            if not keys:
-                del self._slots[slot]
-                heappop(self._heap)
-            held = self.held.get(key)
-            if held is not None:
-                full_at = max(held[1])
-                if full_at <= now:
-                    del self.held[key]
-                else:
-                    self._schedule(key, full_at)
-
-    def _schedule(self, key: str, full_at: int) -> None:
-        slot = full_at >> _SLOT_BITS
-        keys = self._slots.get(slot)
-        if keys is None:
-            self._slots[slot] = [key]
-            heappush(self._heap, slot)
-        else:
-            keys.append(key)
 
 
 def _before_fork() -> None:

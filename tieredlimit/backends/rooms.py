@@ -1,0 +1,141 @@
+"""Keys in memory: a bounded number, each as small as it can be, forgotten once full."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+from tieredlimit._core.bucket import settle_instant
+from tieredlimit._core.table import Shelf
+from tieredlimit.errors import BackendError
+
+Held = int | tuple[object, ...]
+"""A key's buckets: `full_at << 32 | tag` of a single one, else the tags and each `full_at`."""
+
+TAG_MASK = 2**32 - 1
+
+# Keys that fill up within the same 2**20 microseconds, about a second, share a slot.
+_SLOT_BITS = 20
+
+_SWEEP = 8
+_SWEEP_WHEN_FULL = 1_000
+_NEVER = 2**63
+
+
+def fold(tags: tuple[int, ...], instants: list[int]) -> Held:
+    """Return what is held for buckets of these tags and instants."""
+    if len(tags) == 1:
+        return instants[0] << 32 | tags[0]
+    return (tags, *instants)
+
+
+def unfold(held: Held) -> tuple[tuple[int, ...], list[int]]:
+    """Return the tags and the instants of what is held."""
+    if isinstance(held, int):
+        return (held & TAG_MASK,), [held >> 32]
+    tags, *instants = held
+    return tags, instants  # type: ignore[return-value]  # as `fold` has made it
+
+
+class Room:
+    """Hold keys up to a maximum, and forget the full ones.
+
+    Each key stands in the slot of the instant at which it was going to be full when it was put
+    there. When that has passed it is either full and leaves, or moves to the slot of its instant
+    today: so work is bounded by what expires, whatever the number of keys.
+
+    Attributes:
+        held: What is held, by key.
+        due: The instant from which a sweep may find something.
+    """
+
+    __slots__ = ("_heap", "_maximum", "_name", "_slots", "due", "held")
+
+    def __init__(self, maximum: int, name: str) -> None:
+        self.held: dict[str, Held] = {}
+        self.due = _NEVER
+        self._maximum = maximum
+        self._name = name
+        self._slots: dict[int, list[str]] = {}
+        self._heap: list[int] = []
+
+    def read(self, key: str, shelf: Shelf, now: int) -> tuple[list[int], bool]:
+        """Return the instant of each quota's bucket, and whether a clamp lowered one."""
+        held = self.held.get(key)
+        if held is None:
+            return [now] * len(shelf.quotas), False
+        by_tag = dict(zip(*unfold(held), strict=True))
+        stored = [by_tag.get(tag, now) for tag in shelf.tags]
+        instants = [
+            settle_instant(at, now, quota.clamp_us)
+            for at, quota in zip(stored, shelf.quotas, strict=True)
+        ]
+        lowered = any(at < was for at, was in zip(instants, stored, strict=True))
+        return instants, lowered
+
+    def write(
+        self, key: str, shelf: Shelf, instants: list[int], now: int, *, reschedule: bool
+    ) -> None:
+        """Keep a key's instants, together with buckets of other names that are not yet full."""
+        tags, kept = shelf.tags, instants
+        held = self.held.get(key)
+        if held is None:
+            reschedule = True
+        else:
+            others = [
+                (tag, at)
+                for tag, at in zip(*unfold(held), strict=True)
+                if tag not in tags and at > now
+            ]
+            if others:
+                tags = (*tags, *[tag for tag, _ in others])
+                kept = [*kept, *[at for _, at in others]]
+        self.held[key] = fold(tags, kept)
+        if reschedule:
+            self._schedule(key, max(kept))
+
+    def adopt(self, key: str, held: Held) -> None:
+        """Take over a key from another room, even beyond the maximum: it is not full."""
+        self.held[key] = held
+        self._schedule(key, max(unfold(held)[1]))
+
+    def require_space(self, new: int, now: int) -> None:
+        """Make sure that so many more keys fit.
+
+        Raises:
+            BackendError: Every key is in use.
+        """
+        if len(self.held) + new > self._maximum:
+            self.sweep(now, _SWEEP_WHEN_FULL)
+            if len(self.held) + new > self._maximum:
+                raise BackendError(
+                    f"memory holds {len(self.held)} buckets in use, {self._name} allows no more"
+                )
+
+    def sweep(self, now: int, most: int = _SWEEP) -> None:
+        """Forget keys that are full, looking at `most` keys."""
+        while self.due <= now and most:
+            most -= 1
+            slot = self._heap[0]
+            keys = self._slots[slot]
+            key = keys.pop()
+            if not keys:
+                del self._slots[slot]
+                heappop(self._heap)
+                self.due = (self._heap[0] + 1) << _SLOT_BITS if self._heap else _NEVER
+            held = self.held.get(key)
+            if held is not None:
+                full_at = max(unfold(held)[1])
+                if full_at <= now:
+                    del self.held[key]
+                else:
+                    self._schedule(key, full_at)
+
+    def _schedule(self, key: str, full_at: int) -> None:
+        slot = full_at >> _SLOT_BITS
+        keys = self._slots.get(slot)
+        if keys is None:
+            self._slots[slot] = [key]
+            heappush(self._heap, slot)
+            self.due = (self._heap[0] + 1) << _SLOT_BITS
+        else:
+            keys.append(key)
