@@ -5,14 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import drive, percentile, table
+from benchmarks.measure import (
+    Bar,
+    Chart,
+    Target,
+    drive,
+    percentile,
+    ratio,
+    table,
+    take_turns,
+    verdict,
+)
+from benchmarks.policies import POLICY, account, charges_of, commands_for
+from benchmarks.report import QUICK, draw
+from benchmarks.targets import ORDER
 
 CHECKOUT = Path(__file__).parent.parent
+BENCHMARKS = CHECKOUT / "benchmarks"
 
 
 def run_benchmark(name: str, *options: str) -> str:
@@ -37,7 +53,8 @@ def test_decision_benchmark_measures_every_target_at_every_concurrency(tmp_path:
     result = json.loads(path.read_text("utf-8"))
     measured = [tuple(row[k] for k in ("store", "quotas", "callers")) for row in result["rows"]]
     assert set(measured) == set(product(("memory", "redis"), (1, 2), (1, 8, 64)))
-    assert all(measured.count(cell) == 3 for cell in measured)
+    targets = {row["target"] for row in result["rows"]}
+    assert {"tieredlimit", "limits.aio", "EVALSHA", "nothing"} <= targets
     assert all(len(row["rounds"]) == 2 for row in result["rows"])
     lines = [line.split()[:5] for line in said.splitlines()]
     for row in result["rows"]:
@@ -56,6 +73,145 @@ def test_decision_benchmark_says_what_it_was_measured_with(tmp_path: Path) -> No
         name for name, value in environment.items() if value
     }
     assert all(value in said for value in environment.values())
+
+
+TINY = {
+    "accounts": ["--accounts", "2000", "--seconds", "0.01", "--rounds", "1"],
+    "call_length": ["--calls", "2", "--rounds", "1"],
+    "denied": ["--seconds", "0.01", "--rounds", "1"],
+    "memory": ["--accounts", "300"],
+    "middleware": ["--seconds", "0.01", "--rounds", "1"],
+    "policy_size": ["--seconds", "0.01", "--rounds", "1"],
+}
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("name", TINY)
+def test_benchmark_measures_what_it_aims_at(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+
+    said = run_benchmark(name, *TINY[name], "--json", str(path))
+
+    result = json.loads(path.read_text("utf-8"))
+    assert result["benchmark"] == name
+    assert result["question"].endswith("?")
+    assert result["rows"]
+    assert result["charts"]
+    peerless = [target for target in result["targets"] if "slowapi" not in target["question"]]
+    assert all(target["value"] is not None for target in peerless)
+    for target in result["targets"]:
+        assert target["question"] in said
+    for peer, why in result.get("left_out", {}).items():
+        assert f"left out: {peer}: {why}" in said
+
+
+@pytest.mark.redis
+def test_whole_server_is_measured_bare_and_limited(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    options = ["--seconds", "0.1", "--rounds", "1", "--connections", "4", "--json", str(path)]
+
+    run_benchmark("end_to_end", *options)
+
+    rows = {row["target"] for row in json.loads(path.read_text("utf-8"))["rows"]}
+    assert {"bare", "tieredlimit, 1 quota", "tieredlimit, 2 quotas"} <= rows
+
+
+def test_every_benchmark_is_in_the_report() -> None:
+    files = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+
+    assert files == set(ORDER) == set(QUICK)
+
+
+def test_targets_stand_beside_the_latest_results(tmp_path: Path) -> None:
+    for day, value in (("01", 3.0), ("02", 30.0)):
+        target = Target("how fast", 15, False, value)
+        result = {
+            "benchmark": "decision",
+            "finished": f"2026-01-{day}T00:00:00+00:00",
+            "environment": {"load after": "0 0 0"},
+            "targets": [asdict(target)],
+        }
+        name = f"decision-2026-01-{day}-000000.json"
+        (tmp_path / name).write_text(json.dumps(result), "utf-8")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.targets", "--results", str(tmp_path)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ["how", "fast", ">=", "15x", "30x", "met"] in [
+        line.split() for line in done.stdout.splitlines()
+    ]
+    assert "not measured: scripts/bench memory" in done.stderr
+    assert done.returncode == 1
+
+
+def test_report_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing is an extra")
+    target = Target("how fast", 15, False, 3.0)
+    chart = Chart("Fast", "x", [Bar("ours", 3.0, "ours"), Bar("theirs", 1.0, "peer")], [("aim", 2)])
+    result = {
+        "benchmark": "decision",
+        "finished": "2026-01-01T00:00:00+00:00",
+        "environment": {"cpu": "some"},
+        "targets": [asdict(target)],
+        "charts": [asdict(chart)],
+    }
+
+    draw([result], tmp_path / "new" / "report.svg")
+
+    assert "tieredlimit" in (tmp_path / "new" / "report.svg").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("at_most", "value", "expected"),
+    [
+        (True, 10.0, "met"),
+        (True, 20.0, "not met, 2.00 off"),
+        (False, 10.0, "met"),
+        (False, 5.0, "not met, 2.00 off"),
+        (True, None, "not measured"),
+    ],
+)
+def test_verdict_says_how_far_off(at_most: bool, value: float | None, expected: str) -> None:
+    assert verdict(Target("how fast", 10, at_most, value)) == expected
+
+
+async def test_contenders_take_turns_after_a_warm_up_round() -> None:
+    turns: list[str] = []
+
+    def contender(name: str) -> Callable[[], Awaitable[int]]:
+        async def run() -> int:
+            turns.append(name)
+            return len(turns)
+
+        return run
+
+    rounds = await take_turns({"a": contender("a"), "b": contender("b")}, rounds=2)
+
+    assert turns == ["a", "b"] * 3
+    assert rounds == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_ratio_is_taken_within_each_round() -> None:
+    # The second round was burdened on both sides.
+    assert ratio([100.0, 10.0, 120.0], [50.0, 5.0, 50.0]) == 2.0
+
+
+async def test_commands_are_the_bytes_that_redis_is_sent() -> None:
+    accounts = [account(number) for number in range(3)]
+
+    commands = commands_for(await charges_of(POLICY, accounts, "video"), together=2)
+
+    assert [command[0] for command in commands] == [b"EVALSHA", b"EVALSHA"]
+    assert [int(command[2]) for command in commands] == [2, 1]
+    assert [command[3].rpartition(b":")[2].decode() for command in commands] == [
+        accounts[0].id,
+        accounts[2].id,
+    ]
 
 
 async def test_driven_callers_share_the_subjects_in_their_order() -> None:
