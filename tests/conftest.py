@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from hypothesis import settings
 
+from tests.clusters import RedisCluster, RedisSentinels
 from tests.servers import NoServerError, RedisServer, find_server, server_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+Made = TypeVar("Made")
 
 FAULTS = Path(__file__).with_name("faults.txt")
-SERVER_FIXTURES = {"redis_server", "redis_url", "own_server"}
+SERVER_FIXTURES = {
+    *("redis_server", "redis_url", "own_server"),
+    *("redis_cluster", "cluster_url", "own_cluster", "sentinels"),
+}
 
 settings.register_profile("default", deadline=None, derandomize=False, print_blob=True)
 # Repeatable: a red run in CI has its cause in the change. New examples are for the runs at home.
@@ -45,6 +51,34 @@ def own_server() -> Iterator[RedisServer]:
     """A server for this test alone, with a unix socket, to configure, pause, kill and restart."""
     with _server(unix_socket=True) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[RedisCluster]:
+    """The cluster that all tests share. Move its slots, but leave its nodes running."""
+    with _made(RedisCluster) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_url(redis_cluster: RedisCluster) -> str:
+    """The shared cluster, empty and without open moves. Scripts stay loaded."""
+    redis_cluster.flush()
+    return redis_cluster.url
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[RedisCluster]:
+    """A cluster for this test alone, to kill nodes of."""
+    with _made(RedisCluster) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def sentinels() -> Iterator[RedisSentinels]:
+    """A primary, a replica and three sentinels for this test alone."""
+    with _made(RedisSentinels) as watched:
+        yield watched
 
 
 def pytest_report_header() -> str:
@@ -104,8 +138,12 @@ def read_faults(text: str) -> dict[str, str]:
 
 
 def _server(*, unix_socket: bool = False) -> RedisServer:
+    return _made(lambda: RedisServer(unix_socket=unix_socket))
+
+
+def _made(make: Callable[[], Made]) -> Made:
     try:
-        return RedisServer(unix_socket=unix_socket)
+        return make()
     except NoServerError as exc:
         pytest.fail(str(exc), pytrace=False)
 

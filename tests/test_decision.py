@@ -6,9 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.test_limiter import Broken, Clock, one_quota
 from tieredlimit import Account, Decision, Denied, Limiter, UsageError
+from tieredlimit._core.fields import rate_limit_fields
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.tier import Cell
 from tieredlimit.backends import MemoryBackend
 from tieredlimit.decision import STATUSES, Reason
 
@@ -319,3 +324,25 @@ class TestRaising:
     async def test_what_is_allowed_has_no_denial(self) -> None:
         with pytest.raises(UsageError, match="image was allowed"):
             (await decide("1/hour", 1)).response()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 3_000_000), st.integers(-10, 300_000_000)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_fields_straight_from_the_debts_are_those_of_the_quotas(
+    numbers: list[tuple[int, int, int]],
+) -> None:
+    quotas = tuple(
+        Quota(f"q{i}", "1/day", capacity, interval)
+        for i, (capacity, interval, _) in enumerate(numbers)
+    )
+    debts = [max(0, debt) for _, _, debt in numbers]
+    cell = Cell("image", "free", quotas, unlimited=False, messages={})
+
+    decision = Decision(True, "allowed", cell, 1, None, quotas, debts)
+
+    assert decision.fields() == rate_limit_fields(decision.quotas)

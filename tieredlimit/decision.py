@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tieredlimit._core.bucket import next_token_us, remaining, wait_us
 from tieredlimit._core.fields import (
     Field,
+    fields_of_debts,
     legacy_fields,
     rate_limit_fields,
     whole_seconds,
@@ -77,8 +78,7 @@ class QuotaState:
     next_token_us: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Hold the outcome of a take.
 
     Attributes:
@@ -163,6 +163,8 @@ class Decision:
 
         A denial shows only the quotas that deny, so that no `t` is later than its Retry-After.
         """
+        if self.allowed and self.debts and not legacy:
+            return fields_of_debts(self.limits, self.debts)
         if self.reason == "zero":
             return zero_fields([self.feature])
         shown = self.quotas if self.allowed else [quota for quota in self.quotas if quota.denies]

@@ -16,18 +16,20 @@ from typing import Any, Self
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.bucket import wait_us
+from tieredlimit._core.denials import Denials
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import did_you_mean
 from tieredlimit._core.table import Entry, Table
-from tieredlimit.backends import Backend, Charge, MemoryBackend, RedisBackend
+from tieredlimit.backends import Backend, Charge, ClusterBackend, MemoryBackend, RedisBackend
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
 
 __all__ = ["Complaints", "Limiter"]
 
 DEFAULT_NAMESPACE = "default"
+MAX_SHARDS = 1_024
 
 _NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
 _SWITCH = {
@@ -55,6 +57,9 @@ class Limiter:
         backend: A Redis URL, or a `Backend`; None keeps buckets in this process.
         namespace: Keeps the buckets of several applications on one Redis apart; 1 to 32 of
             `a-z`, `0-9`, `_` and `-`.
+        shards: The number of hash tags that keys are spread over, 1 to 1,024, so that a Redis
+            Cluster can share the load: 64 there, else 1, where it is None. All processes of a
+            namespace must say the same.
         enabled: False allows everything and never asks the backend.
 
     Raises:
@@ -68,6 +73,7 @@ class Limiter:
         backend: Backend | str | None = None,
         *,
         namespace: str = DEFAULT_NAMESPACE,
+        shards: int | None = None,
         enabled: bool = True,
     ) -> None:
         if not _NAMESPACE.fullmatch(namespace):
@@ -79,11 +85,19 @@ class Limiter:
         if backend is None:
             backend = MemoryBackend()
         elif isinstance(backend, str):
-            backend = RedisBackend.from_url(backend)
+            kind = ClusterBackend if "+cluster://" in backend else RedisBackend.from_url
+            backend = kind(backend)
         self.enabled = enabled
         self.namespace = namespace
         self.backend = backend
-        self._table = Table(policy, namespace)
+        if shards is None:
+            shards = getattr(backend, "default_shards", 1)
+        if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
+            raise UsageError(f"shards must be from 1 to {MAX_SHARDS:,}, got {shards!r:.80}")
+        if isinstance(backend, RedisBackend | ClusterBackend):
+            backend.join(namespace, shards)
+        self._table = Table(policy, namespace, shards)
+        self._denials = Denials()
         self.complaints = Complaints()
 
     @classmethod
@@ -169,24 +183,42 @@ class Limiter:
         """Charge `cost` tokens to every quota of the account's cell, or to none.
 
         A cost of 0 charges nothing. Where the backend cannot answer, the decision is the feature's
-        outage answer, with reason `outage`; zero denies all the same.
+        outage answer, with reason `outage`; zero denies all the same. A denial is remembered until
+        its time, a second at most: the same cost or more is denied meanwhile without asking.
 
         Raises:
             UsageError: The feature is unknown, the cost is no whole number from 0 to 10**9, or an
                 id cannot be stored. Nothing was charged.
         """
         entry = self._entry(account, feature, cost)
-        decision = self._without_asking(entry, cost)
-        if decision is not None:
-            return decision
-        charges = [Charge(shelf.key(account), shelf, cost) for shelf in entry.shelves]
+        if not self.enabled or entry.most is None or cost > entry.most:
+            decision = self._without_asking(entry, cost)
+            if decision is not None:
+                return decision
+        shelves = entry.shelves
+        shard = self._table.shard_of(account)
+        subject: object
+        if len(shelves) == 1:
+            shelf = shelves[0]
+            subject = key = shelf.key(account, shard)
+            charges = [Charge(key, shelf, cost)]
+        else:
+            charges = [Charge(shelf.key(account, shard), shelf, cost) for shelf in shelves]
+            subject = tuple(charge.key for charge in charges)
+        denials = self._denials
+        if denials.held:
+            debts = denials.recall(subject, cost, self.backend.now())
+            if debts is not None:
+                return _denial(entry, cost, debts)
         try:
-            reply = await self.backend.take(charges)
+            allowed, now, debts = await self.backend.take(charges)
         except BackendError as exc:
             return self._outage(entry, cost, exc)
-        if reply.allowed:
-            return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, reply.debts)
-        return _denial(entry, cost, reply.debts)
+        if allowed:
+            return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts)
+        denial = _denial(entry, cost, debts)
+        denials.remember(subject, cost, now, round((denial.retry_after or 0) * SECOND_US), debts)
+        return denial
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
@@ -223,7 +255,10 @@ class Limiter:
             raise UsageError(
                 f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {_spell_cost(cost)}"
             )
-        return self._named(self._table.tier_of(account, self._now()), feature)
+        table = self._table
+        now = self.backend.now() if table.asks_age else 0
+        found = table.find(account, feature, now) if type(feature) is str else None
+        return found or self._named(table.tier_of(account, now), feature)
 
     def _named(self, tier: str, feature: str) -> Entry:
         # A feature may come from a request's body: of any type, of any length.
@@ -263,8 +298,11 @@ class Limiter:
     ) -> list[Decision]:
         known = [self._without_asking(entry, cost) for entry in entries]
         asked = [entry for entry, decision in zip(entries, known, strict=True) if not decision]
+        shard = self._table.shard_of(account)
         charges = [
-            Charge(shelf.key(account), shelf, 0) for entry in asked for shelf in entry.shelves
+            Charge(shelf.key(account, shard), shelf, 0)
+            for entry in asked
+            for shelf in entry.shelves
         ]
         decided = []
         if charges:

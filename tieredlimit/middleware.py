@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
@@ -125,7 +124,7 @@ class TieredLimitMiddleware:
         limits = scope.get(STATE_KEY)
         if isinstance(limits, RequestLimits) and limits.limiter is self.limiter:
             return limits
-        limits = RequestLimits(self.limiter, HTTPConnection(scope), self._identify, self._anonymous)
+        limits = RequestLimits(self.limiter, scope, self._identify, self._anonymous)
         state: dict[str, Any] = scope.setdefault("state", {})
         if STATE_KEY in state:
             state = scope["state"] = state.copy()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
@@ -26,7 +27,6 @@ class RequestLimits:
 
     Attributes:
         limiter: What decides.
-        connection: The request, as `identify` sees it.
         decisions: What was decided so far, by feature.
         denied: True once the middleware answers with a denial, whose fields then stand.
     """
@@ -37,7 +37,7 @@ class RequestLimits:
         "_asking",
         "_identify",
         "_pending",
-        "connection",
+        "_scope",
         "decisions",
         "denied",
         "limiter",
@@ -46,19 +46,24 @@ class RequestLimits:
     def __init__(
         self,
         limiter: Limiter,
-        connection: HTTPConnection,
+        scope: Scope,
         identify: Identify | None,
         anonymous: Identify,
     ) -> None:
         self.limiter = limiter
-        self.connection = connection
+        self._scope = scope
         self.decisions: dict[str, Decision] = {}
         self.denied = False
         self._identify = identify
         self._anonymous = anonymous
         self._account: Account | None = None
-        self._asking = asyncio.Lock()
-        self._pending: dict[str, asyncio.Task[Decision]] = {}
+        self._asking: asyncio.Lock | None = None
+        self._pending: dict[str, asyncio.Task[Decision]] | None = None
+
+    @property
+    def connection(self) -> HTTPConnection:
+        """The request, as `identify` sees it."""
+        return HTTPConnection(self._scope)
 
     async def account(self) -> Account:
         """Return who this request is charged to, asking `identify` at most once.
@@ -67,6 +72,7 @@ class RequestLimits:
         """
         if self._account is None:
             # Two takes at once ask once.
+            self._asking = self._asking or asyncio.Lock()
             async with self._asking:
                 self._account = await self._ask()
         return self._account
@@ -92,12 +98,15 @@ class RequestLimits:
             return decision
         if type(feature) is not str:
             return await self.take_first(feature, cost, account)
-        pending = self._pending.get(feature)
+        if self._pending is None:
+            self._pending = {}
+        underway = self._pending
+        pending = underway.get(feature)
         if pending is None:
             # A task, so that a second door that comes while the first still waits joins it.
             pending = asyncio.ensure_future(self.take_first(feature, cost, account))
-            self._pending[feature] = pending
-            pending.add_done_callback(lambda _: self._pending.pop(feature))
+            underway[feature] = pending
+            pending.add_done_callback(lambda _: underway.pop(feature))
         return await asyncio.shield(pending)
 
     async def take_first(self, feature: str, cost: int, account: Account | None) -> Decision:
@@ -115,10 +124,11 @@ class RequestLimits:
 
     def fields(self, *, legacy: bool) -> list[Field]:
         """Return the response fields of everything taken, each field once."""
-        if not self.decisions:
-            return []
-        first, *others = [decision.fields(legacy=legacy) for decision in self.decisions.values()]
-        return _merge([first, *others]) if others else first
+        decisions = self.decisions
+        if len(decisions) == 1:
+            (decision,) = decisions.values()
+            return decision.fields(legacy=legacy)
+        return _merge(decision.fields(legacy=legacy) for decision in decisions.values())
 
     def _warn_of_another(self, feature: str, account: Account | None) -> None:
         """Log where a door names another payer than the one who was charged before it."""

@@ -12,7 +12,10 @@ Since the draft still moves, what is sent is also what one test compares, charac
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from tieredlimit._core.quota import Quota
 
 Field = tuple[bytes, bytes]
 
@@ -53,17 +56,45 @@ def whole_seconds(duration_us: int) -> int:
     return max(1, -(-duration_us // SECOND_US))
 
 
+def policy_item(name: str, capacity: int, window_us: int) -> str:
+    """Return a quota's item of `RateLimit-Policy`."""
+    return f'"{name}";q={capacity};w={whole_seconds(window_us)}'
+
+
 def rate_limit_fields(quotas: Iterable[QuotaView]) -> list[Field]:
     """Return `RateLimit-Policy` and `RateLimit`, each only where it has something to say."""
     policies, limits = [], []
     for quota in quotas:
         name = f'"{quota.name}"'
-        policies.append(f"{name};q={quota.capacity};w={whole_seconds(quota.window_us)}")
+        policies.append(policy_item(quota.name, quota.capacity, quota.window_us))
         if quota.remaining is not None:
             next_us = quota.next_token_us
             until = "" if next_us is None else f";t={whole_seconds(next_us)}"
             limits.append(f"{name};r={quota.remaining}{until}")
     return _lists(policies, limits)
+
+
+def fields_of_debts(quotas: Iterable[Quota], debts: Iterable[int]) -> list[Field]:
+    """Return what `rate_limit_fields` would, straight from the buckets' debts.
+
+    For the response of every request that is allowed: a view of each quota would cost more than
+    the decision did.
+    """
+    policies, limits = [], []
+    for quota, debt in zip(quotas, debts, strict=True):
+        policies.append(quota.policy_item)
+        left, rest = divmod(quota.window_us - debt, quota.interval_us)
+        if left < 0:
+            left, rest = 0, quota.window_us - debt
+        if debt > 0:
+            until = -(-(quota.interval_us - rest) // SECOND_US)
+            limits.append(f'"{quota.name}";r={left};t={until or 1}')
+        else:
+            limits.append(f'"{quota.name}";r={left}')
+    return [
+        (b"ratelimit-policy", ", ".join(policies).encode()),
+        (b"ratelimit", ", ".join(limits).encode()),
+    ]
 
 
 def zero_fields(names: Iterable[str]) -> list[Field]:

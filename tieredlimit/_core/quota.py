@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from tieredlimit._core.fields import policy_item
 from tieredlimit._core.rate import DAY_US, SECOND_US, TEN_YEARS_US, Rate, parse_rate
 from tieredlimit._core.reading import spell
 
@@ -25,6 +26,7 @@ class Quota:
         window_us: Microseconds from empty to full.
         clamp_us: How far ahead of now a bucket's instant may stand before it is lowered.
         tag: Four bytes that stand for the name in the store.
+        policy_item: The quota's item of `RateLimit-Policy`.
     """
 
     name: str
@@ -35,12 +37,15 @@ class Quota:
     window_us: int = field(init=False)
     clamp_us: int = field(init=False)
     tag: bytes = field(init=False, repr=False)
+    policy_item: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Settling may leave a bucket one capacity below empty: the clamp must let that stand.
         object.__setattr__(self, "window_us", self.capacity * self.interval_us)
         object.__setattr__(self, "clamp_us", 2 * self.window_us)
         object.__setattr__(self, "tag", blake2b(self.name.encode(), digest_size=4).digest())
+        item = policy_item(self.name, self.capacity, self.window_us)
+        object.__setattr__(self, "policy_item", item)
 
 
 def interval_of(rate: Rate) -> tuple[int, str | None]:

@@ -174,6 +174,10 @@ class Table:
                 return name
         return self._last
 
+    def find(self, account: Account, feature: str, now: int) -> Entry | None:
+        """Return the cell of an account and a feature, None if there is no such feature."""
+        return self._entries[self.tier_of(account, now)].get(feature)
+
     def shard_of(self, account: Account) -> int:
         """Return the shard that holds all buckets an account is charged to.
 

@@ -32,7 +32,7 @@ class Reply(NamedTuple):
 
     allowed: bool
     now: int
-    debts: Sequence[int]
+    debts: list[int]
 
 
 class Backend(Protocol):
@@ -43,9 +43,12 @@ class Backend(Protocol):
         ...
 
     async def open(self) -> None:
-        """Get ready in the running event loop. Harmless when repeated; never fails.
+        """Get ready in the running event loop. Harmless when repeated.
 
         A store that cannot be reached now is tried again by each `take`.
+
+        Raises:
+            UsageError: The store holds a namespace that is laid out in another way.
         """
         ...
 

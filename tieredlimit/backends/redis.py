@@ -5,32 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
-from hashlib import sha1
-from importlib.resources import files
 from threading import Lock
-from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from tieredlimit.backends.backend import Charge, Reply
-from tieredlimit.backends.link import Link
-from tieredlimit.backends.memory import system_clock
+from tieredlimit.backends.calls import Calls
+from tieredlimit.backends.link import Link, connection_of
+from tieredlimit.backends.server import (
+    CONNECT_TIMEOUT,
+    DEFAULT_TIMEOUT,
+    STALL_TIMEOUT,
+    TAKE,
+    ServerClock,
+    client_of,
+    greet,
+)
 from tieredlimit.errors import BackendError, UsageError
 
-DEFAULT_TIMEOUT = 0.1
-CONNECT_TIMEOUT = 2.0
-STALL_TIMEOUT = 1.0
+IN_FLIGHT = 2
+"""The most calls that may wait for their reply."""
 
 _SCHEMES = ("redis", "rediss", "unix")
-_TAKE = files("tieredlimit.backends").joinpath("lua/take.lua").read_text("utf-8")
-_TAKE_SHA = sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
 
 _living: WeakSet[RedisBackend] = WeakSet()
 
@@ -56,6 +55,8 @@ class RedisBackend:
             not above zero.
     """
 
+    default_shards = 1
+
     def __init__(
         self,
         client: Redis,
@@ -76,10 +77,14 @@ class RedisBackend:
         if not timeout > 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
         self._pool = client.connection_pool
-        self._clock = clock
+        self._clock = ServerClock(clock)
         self._timeout = timeout
-        self._offset_us: int | None = None
-        self._links: WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = WeakKeyDictionary()
+        self._namespaces: dict[str, int] = {}
+        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Link, Calls]] = (
+            WeakKeyDictionary()
+        )
+        # The session used last: almost every take's.
+        self._latest: tuple[asyncio.AbstractEventLoop, tuple[Link, Calls]] | None = None
         self._lock = Lock()
         self._left_to_parent: list[object] = []
         _living.add(self)
@@ -106,162 +111,92 @@ class RedisBackend:
                 f'the Redis URL starts with "{scheme:.20}"; '
                 f"known are {', '.join(f'{known}://' for known in _SCHEMES)}"
             )
-        settings: dict[str, Any] = {
-            "retry": Retry(NoBackoff(), 0),
-            "protocol": 2,
-            "socket_connect_timeout": CONNECT_TIMEOUT,
-            "client_name": "tieredlimit",
-            **options,
-        }
-
-        try:
-            client = Redis.from_url(url, **settings)
-            # Made, not connected: an option that connections do not know shows here.
-            pool: Any = client.connection_pool
-            pool.make_connection()
-        except (RedisError, TypeError) as exc:
-            raise UsageError(f"the options of the Redis client cannot be used: {exc}") from exc
-        except ValueError:
-            # Neither the text nor the cause: both may show a part of a password.
-            raise UsageError(
-                "the Redis URL cannot be read; write redis://user:password@host:6379/0, with any "
-                "of :/?#[]@ in user or password as %3A and so on"
-            ) from None
-        return cls(client, clock=clock, timeout=timeout)
+        return cls(client_of(url, options), clock=clock, timeout=timeout)
 
     def now(self) -> int:
         """Return the server's clock in microseconds, carried on from its latest reply.
 
         Before the first reply it is this host's clock.
         """
-        if self._clock is not None:
-            return self._clock()
-        if self._offset_us is None:
-            return system_clock()
-        return time.monotonic_ns() // 1000 + self._offset_us
+        return self._clock.now()
+
+    def join(self, namespace: str, shards: int) -> None:
+        """Take note of the shards of a namespace, to be compared with what Redis holds."""
+        self._namespaces[namespace] = shards
 
     async def open(self) -> None:
-        """Connect, load the script and learn the server's clock; log where that fails."""
+        """Connect, load the script and learn the server's clock; log where that fails.
+
+        Raises:
+            UsageError: A namespace is laid out in another way than this process has it.
+        """
         try:
-            await self._link().open()
+            await self._session()[0].open()
         except BackendError as exc:
+            if isinstance(exc.__cause__, UsageError):
+                raise exc.__cause__ from None
             _log.warning("tieredlimit: %s; trying again with each decision", exc)
 
     async def close(self) -> None:
         """Close this event loop's connection. A client handed to the constructor stays open."""
-        link = self._links.pop(asyncio.get_running_loop(), None)
-        if link is not None:
-            await link.close()
+        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        self._latest = None
+        if session is not None:
+            await session[0].close()
 
     async def take(self, charges: Sequence[Charge]) -> Reply:
-        """Charge every bucket, or none of them, in one EVALSHA.
+        """Charge every bucket, or none of them, in one EVALSHA shared with concurrent takes.
 
         Raises:
             BackendError: Redis did not answer within the timeout, refused, or cannot be reached.
                 The charges may or may not have been applied.
         """
-        arguments = [
-            len(charges),
-            *[charge.key for charge in charges],
-            "" if self._clock is None else str(self._clock()),
-            *[charge.shelf.packed_for(charge.cost) for charge in charges],
-        ]
-        link = self._link()
-        try:
-            async with _Patience(self._timeout):
-                await link.open()
-                try:
-                    reply = await link.send("EVALSHA", _TAKE_SHA, *arguments)
-                except NoScriptError:
-                    # The one refusal that proves that nothing ran. EVAL also loads the script.
-                    reply = await link.send("EVAL", _TAKE, *arguments)
-        except TimeoutError as exc:
-            link.check_pulse()
-            raise BackendError(f"Redis did not answer within {self._timeout:g} s") from exc
-        except ResponseError as exc:
-            # Redis 6 wraps the refusal in the script's error.
-            if isinstance(exc, ReadOnlyError) or "read only replica" in str(exc):
-                # This was the primary once: the next call asks for the way again.
-                link.drop("the server became a replica")
-            raise BackendError(f"Redis refused: {exc}") from exc
-        expected = 2 + sum(len(charge.shelf.quotas) for charge in charges)
-        if type(reply) is not list or [type(part) for part in reply] != [int] * expected:
-            link.drop("a reply of another kind than was asked for")
-            raise BackendError(f"Redis answered what is no decision: {reply!r:.80}")
-        allowed, now, *debts = reply
-        self._learn_clock(now)
-        return Reply(allowed == 1, now, debts)
+        link, calls = self._session()
+        future = calls.add(charges)
+        link.offer()
+        return await future
 
-    def _link(self) -> Link:
+    def _session(self) -> tuple[Link, Calls]:
         loop = asyncio.get_running_loop()
-        link = self._links.get(loop)
-        if link is None:
-            link = Link(
-                self._pool.make_connection,
-                self._greet,
-                connect_timeout=CONNECT_TIMEOUT,
-                stall_timeout=STALL_TIMEOUT,
+        latest = self._latest
+        if latest is not None and latest[0] is loop:
+            return latest[1]
+        session = self._sessions.get(loop)
+        if session is None:
+            calls = Calls(
+                TAKE,
+                clock=self._clock.explicit,
+                timeout=self._timeout,
+                learn_clock=self._clock.learn,
+                expired=lambda: link.check_pulse(),
             )
+            link = Link(
+                lambda: connection_of(self._pool),
+                self._greet,
+                calls,
+                in_flight=IN_FLIGHT,
+                connect_timeout=CONNECT_TIMEOUT,
+                # Not while somebody may still be waiting for a reply, however patient.
+                stall_timeout=max(STALL_TIMEOUT, self._timeout),
+            )
+            session = link, calls
             with self._lock:  # other threads have loops of their own
-                for ended in [other for other in self._links if other.is_closed()]:
-                    del self._links[ended]
-                self._links[loop] = link
-        return link
+                for ended in [other for other in self._sessions if other.is_closed()]:
+                    del self._sessions[ended]
+                self._sessions[loop] = session
+        self._latest = loop, session
+        return session
 
-    async def _greet(self, link: Link) -> None:
-        try:
-            await link.send("SCRIPT", "LOAD", _TAKE)
-            seconds, microseconds = await link.send("TIME")
-            self._learn_clock(int(seconds) * 1_000_000 + int(microseconds))
-        except ResponseError as exc:
-            # A user that may run scripts but not load them is served by EVAL.
-            _log.warning("tieredlimit: Redis refused a greeting: %s", exc)
-
-    def _learn_clock(self, now: int) -> None:
-        self._offset_us = now - time.monotonic_ns() // 1000
+    async def _greet(self, connection: Any) -> None:
+        await greet(connection, self._clock, self._namespaces)
 
     def leave_to_parent(self) -> None:
         """Start anew in the child of a fork."""
         # Kept and never closed: the parent still talks over these sockets.
-        self._left_to_parent.append(self._links)
-        self._links = WeakKeyDictionary()
+        self._left_to_parent.append(self._sessions)
+        self._sessions = WeakKeyDictionary()
+        self._latest = None
         self._lock = Lock()
-
-
-class _Patience:
-    """Raise TimeoutError in its block after so many seconds, unless a reply has come by then.
-
-    An event loop that was busy wakes up to an expired timer and an unread reply at once. The reply
-    counts: Redis did answer, and may have charged. So the loop reads first.
-    """
-
-    # From a readable socket to a running caller: the parser, the reader's task, the caller's.
-    _TURNS = 3
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._limit = asyncio.timeout(None)
-
-    async def __aenter__(self) -> None:
-        await self._limit.__aenter__()
-        loop = asyncio.get_running_loop()
-        self._next: asyncio.Handle = loop.call_later(self._seconds, self._turn, self._TURNS)
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._next.cancel()
-        await self._limit.__aexit__(kind, error, traceback)
-
-    def _turn(self, left: int) -> None:
-        loop = asyncio.get_running_loop()
-        if left:
-            self._next = loop.call_soon(self._turn, left - 1)
-        else:
-            self._limit.reschedule(loop.time())
 
 
 def _after_fork() -> None:

@@ -1,0 +1,299 @@
+"""Concurrent decisions share calls.
+
+Under load the Python client is the cost, not Redis: writing a command, parsing a reply and waking
+a task take longer than the script does for a decision. So what arrives while calls are in flight
+waits for the next one and travels together; an idle limiter sends a decision at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha1
+from struct import pack
+from typing import Any
+
+from redis.exceptions import NoScriptError
+
+from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.errors import BackendError
+
+MAX_DECISIONS = 128
+"""The most decisions in one call."""
+MAX_KEYS = 384
+"""The most keys in one call; a call must not hold Redis for more than about two milliseconds.
+A decision that has more by itself is a call of its own."""
+MAX_KEYS_OF_ONE = 65_535
+"""The most keys of one decision, as the script counts them."""
+MAX_WAITING = 10_000
+"""The most decisions that may wait for a call; further ones fail at once."""
+
+# From a readable socket to a reply that is given out: the parser, then the reader's task.
+_TURNS = 3
+# Seconds by which a timer must be late for the event loop to have been busy.
+_BUSY = 0.01
+
+
+def bulk(value: bytes) -> bytes:
+    """Return a bulk string of the Redis serialization protocol (RESP)."""
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+_ASKING = b"*1\r\n" + bulk(b"ASKING")
+
+
+class Script:
+    """Hold a script, and the beginning of the commands that run it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.evalsha = bulk(b"EVALSHA") + bulk(sha.encode())
+        self.eval = bulk(b"EVAL") + bulk(text.encode())
+
+
+class Waiting:
+    """Hold a decision that somebody waits for, ready to be sent."""
+
+    __slots__ = ("charges", "future", "keys", "numbers", "parts", "redirected")
+
+    def __init__(self, future: asyncio.Future[Reply], charges: Sequence[Charge]) -> None:
+        self.future = future
+        self.charges = charges
+        if len(charges) == 1:
+            key, shelf, cost = charges[0]
+            name = key.encode()
+            self.keys = [b"$%d\r\n%b\r\n" % (len(name), name)]
+            self.numbers = [shelf.packed_for(cost)]
+            self.parts = 1 + len(shelf.quotas)
+        else:
+            self.keys = [bulk(key.encode()) for key, _, _ in charges]
+            self.numbers = [shelf.packed_for(cost) for _, shelf, cost in charges]
+            self.parts = 1 + sum([len(shelf.quotas) for _, shelf, _ in charges])
+        """How many numbers of a reply are its own."""
+        self.redirected = 0
+        """How often in a row a node of a cluster has sent it to another."""
+
+
+class Call:
+    """Hold one command and the decisions that it carries.
+
+    `again` is true where Redis said before that it does not know the script; `asking` where a node
+    of a cluster is asked about a slot that is on its way to it, which takes a reply of its own.
+    """
+
+    __slots__ = ("again", "asking", "command", "decisions")
+
+    def __init__(
+        self, command: bytes, decisions: list[Waiting], *, again: bool, asking: bool
+    ) -> None:
+        self.command = command
+        self.decisions = decisions
+        self.again = again
+        self.asking = asking
+
+
+class Calls:
+    """Gather the decisions of an event loop into calls, in order of arrival.
+
+    A decision fails at its own deadline, counted from its arrival, whatever becomes of its call. A
+    caller that gives up leaves the others alone: before its call is made it is left out of it,
+    afterwards its part of the reply is dropped.
+
+    Args:
+        script: What decides.
+        clock: Returns the instant to decide by, None for the server's time.
+        timeout: Seconds from a decision's arrival to its deadline.
+        learn_clock: Is given the instant of each reply.
+        expired: Run whenever a deadline has passed, to look after what is in flight.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        clock: Callable[[], int] | None,
+        timeout: float,
+        learn_clock: Callable[[int], None],
+        expired: Callable[[], None],
+    ) -> None:
+        self._script = script
+        self._clock = clock
+        self._timeout = timeout
+        self._learn_clock = learn_clock
+        self._expired = expired
+        self._queue: deque[Waiting] = deque()
+        self._again: deque[list[Waiting]] = deque()
+        self._deadlines: deque[tuple[float, asyncio.Future[Reply]]] = deque()
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0
+        self._loop: Any = None  # the event loop, from the first decision on
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self._queue or self._again)
+
+    def add(self, charges: Sequence[Charge]) -> asyncio.Future[Reply]:
+        """Let a decision wait for the next call.
+
+        Raises:
+            BackendError: Too many wait already, or the decision has too many keys.
+        """
+        if len(self._queue) >= MAX_WAITING:
+            raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
+        if len(charges) > MAX_KEYS_OF_ONE:
+            raise BackendError(
+                f"a decision may have at most {MAX_KEYS_OF_ONE} keys, got {len(charges)}"
+            )
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[Reply] = loop.create_future()
+        self._queue.append(Waiting(future, charges))
+        deadlines = self._deadlines
+        # What is decided need not be kept until its deadline.
+        while deadlines and deadlines[0][1].done():
+            deadlines.popleft()
+        deadline = loop.time() + self._timeout
+        deadlines.append((deadline, future))
+        if self._timer is None:
+            self._wake_at(deadline)
+        return future
+
+    def next_call(self) -> Call | None:
+        """Return the next call to send, None if nobody waits."""
+        call = self._call_again()
+        if call is None and (decisions := gather(self._queue)):
+            call = self._call(decisions, again=False)
+        return call
+
+    def answer(self, call: Call, reply: Any) -> str | None:
+        """Give each decision its part of the reply; say what is wrong with it, None if nothing."""
+        if isinstance(reply, NoScriptError) and not call.again:
+            # The one refusal that proves that nothing ran. EVAL also loads the script.
+            self._again.append(call.decisions)
+            return None
+        if isinstance(reply, Exception):
+            self.fail(call, f"Redis refused: {reply}", reply)
+            return None
+        parts = 1 + sum([one.parts for one in call.decisions])
+        if type(reply) is not list or [type(part) for part in reply] != [int] * parts:
+            self.fail(call, f"Redis answered what is no decision: {reply!r:.80}")
+            return "a reply of another kind than was asked for"
+        now = reply[0]
+        self._learn_clock(now)
+        at = 1
+        for one in call.decisions:
+            future = one.future
+            said = reply[at]
+            if future.done():
+                pass
+            elif said < 0:
+                broken = [charge.key for charge in one.charges[-said - 1 : -said]]
+                error = BackendError(f"Redis holds what is no bucket under {', '.join(broken)}")
+                future.set_exception(error)
+            else:
+                future.set_result(Reply(said == 1, now, reply[at + 1 : at + one.parts]))
+            at += one.parts
+        return None
+
+    def fail(self, call: Call, why: str, cause: BaseException | None = None) -> None:
+        """Fail every decision of a call."""
+        fail_all(call.decisions, why, cause)
+
+    def fail_waiting(self, why: str, cause: BaseException | None = None) -> None:
+        """Fail every decision that waits for a call."""
+        waiting = [*(one for decisions in self._again for one in decisions), *self._queue]
+        self._queue.clear()
+        self._again.clear()
+        fail_all(waiting, why, cause)
+
+    def _call_again(self) -> Call | None:
+        """Return the next call that Redis did not know the script of."""
+        while self._again:
+            decisions = [one for one in self._again.popleft() if not one.future.done()]
+            if decisions:
+                return self._call(decisions, again=True)
+        return None
+
+    def _call(self, decisions: list[Waiting], *, again: bool, asking: bool = False) -> Call:
+        keys = [key for one in decisions for key in one.keys]
+        layout = [len(one.keys) for one in decisions]
+        now = b"" if self._clock is None else b"%d" % self._clock()
+        command = b"".join(
+            [
+                _ASKING if asking else b"",
+                b"*%d\r\n" % (5 + 2 * len(keys)),
+                self._script.eval if again else self._script.evalsha,
+                bulk(b"%d" % len(keys)),
+                *keys,
+                bulk(now),
+                bulk(pack(f"<{len(layout)}H", *layout)),
+                *[numbers for one in decisions for numbers in one.numbers],
+            ]
+        )
+        return Call(command, decisions, again=again, asking=asking)
+
+    def _wake_at(self, instant: float) -> None:
+        self._due = instant
+        self._timer = self._loop.call_at(instant, self._expire)
+
+    def _expire(self, turns: int = _TURNS) -> None:
+        """Fail the decisions whose time is up, and wake up again for the next one's.
+
+        An event loop that was busy wakes up to an expired timer and an unread reply at once. The
+        reply counts, Redis may have charged: so the loop reads first.
+        """
+        loop = self._loop
+        if turns:
+            busy = loop.time() - self._due if turns == _TURNS else 0.0
+            if busy > _BUSY:
+                # Nor does the time count in which the loop sent nothing either.
+                self._timer = loop.call_later(busy, self._expire, turns - 1)
+            else:
+                self._timer = loop.call_soon(self._expire, turns - 1)
+            return
+        now = loop.time()
+        deadlines, queue = self._deadlines, self._queue
+        self._timer = None
+        while deadlines:
+            deadline, future = deadlines[0]
+            if not future.done():
+                if deadline > now:
+                    self._wake_at(deadline)
+                    break
+                error = BackendError(f"Redis did not answer within {self._timeout:g} s")
+                future.set_exception(error)
+            deadlines.popleft()
+        # While nothing is sent, what was given up must not take the place of others.
+        while queue and queue[0].future.done():
+            queue.popleft()
+        # Also where nobody waited that long: impatient callers leave a dead connection behind.
+        self._expired()
+
+
+def gather(queue: deque[Waiting]) -> list[Waiting]:
+    """Take from a queue what one call may carry."""
+    decisions: list[Waiting] = []
+    keys = 0
+    while queue and len(decisions) < MAX_DECISIONS:
+        waiting = queue[0]
+        if not waiting.future.done():
+            keys += len(waiting.keys)
+            if decisions and keys > MAX_KEYS:
+                break
+            decisions.append(waiting)
+        queue.popleft()
+    return decisions
+
+
+def fail_all(decisions: Iterable[Waiting], why: str, cause: BaseException | None) -> None:
+    """Fail the decisions that are not decided yet."""
+    # An error each: callers add their own traceback to it.
+    for one in decisions:
+        if not one.future.done():
+            error = BackendError(why)
+            error.__cause__ = cause
+            one.future.set_exception(error)

@@ -1,0 +1,298 @@
+"""The nodes of a Redis Cluster as one event loop knows them: who serves which slot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from redis.crc import key_slot
+from redis.exceptions import AskError, MovedError
+
+from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.calls import MAX_WAITING, Call, Waiting, fail_all
+from tieredlimit.backends.link import Link
+from tieredlimit.backends.nodecalls import Address, NodeCalls, tag_of
+from tieredlimit.backends.server import CONNECT_TIMEOUT, STALL_TIMEOUT, greet
+from tieredlimit.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.cluster import ClusterBackend
+
+IN_FLIGHT = 4
+"""The most calls that may wait for their reply on one primary."""
+
+MAX_REDIRECTIONS = 8
+"""The most nodes in a row that may send a decision on to another."""
+
+CLOSED = "the connection to the Redis Cluster was closed"
+
+_SLOTS = 16_384
+# Seconds to wait before a decision whose keys are between two nodes is sent again.
+_TRY_AGAIN = 0.005
+# Seconds between two looks at the cluster's slots, however many calls fail meanwhile.
+_REFRESH_INTERVAL = 0.1
+# What stands for a host that the node itself does not know: the one that it was asked at.
+_NO_HOST = ("", "?")
+
+_log = logging.getLogger("tieredlimit")
+
+
+class Fleet:
+    """Know which node serves which slot, in one event loop."""
+
+    def __init__(self, backend: ClusterBackend) -> None:
+        self.backend = backend
+        self.ready = False
+        self._owners: list[Address | None] = [None] * _SLOTS
+        self._members: dict[Address, Member] = {}
+        self._slots: dict[str, int] = {}
+        self._opening: asyncio.Task[None] | None = None
+        self._queueing = 0
+        self._refreshing: asyncio.Task[None] | None = None
+        self._best_informed: Address | None = None
+        self._between: list[Waiting] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def open(self) -> None:
+        """Learn the slots, if that has not been done; who gives up leaves the attempt running.
+
+        Raises:
+            BackendError: No node could be reached, or the namespace is laid out differently.
+        """
+        if self.ready:
+            return
+        if self._queueing >= MAX_WAITING:
+            raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add_done_callback(self._opened)
+        opening = self._opening
+        self._queueing += 1
+        try:
+            await asyncio.wait([opening])
+        finally:
+            self._queueing -= 1
+        if opening.cancelled():
+            raise BackendError(CLOSED)
+        if (error := opening.exception()) is not None:
+            # An error each: callers add their own traceback to it.
+            raise BackendError(str(error)) from error.__cause__
+
+    def add(self, charges: Sequence[Charge]) -> asyncio.Future[Reply]:
+        """Let a decision wait for the next call to the primary that has its keys.
+
+        Raises:
+            BackendError: No primary has, or too many decisions wait for it.
+        """
+        if self._closed:
+            raise BackendError(CLOSED)
+        member = self._member_of(tag_of(charges))
+        future = member.calls.add(charges)
+        member.link.offer()
+        return future
+
+    def redirect(self, call: Call, where: AskError, source: Address) -> None:
+        """Send a call's decisions to the node that a MOVED or an ASK names."""
+        for one in call.decisions:
+            one.redirected += 1
+        if self._closed:
+            fail_all(call.decisions, CLOSED, where)
+            return
+        address = (where.host if where.host not in _NO_HOST else source[0], where.port)
+        circling = [one for one in call.decisions if one.redirected > MAX_REDIRECTIONS]
+        fail_all(circling, f"more than {MAX_REDIRECTIONS} nodes sent a decision on", where)
+        member = self._member(address)
+        if isinstance(where, MovedError):
+            self._owners[where.slot_id] = self._best_informed = address
+            self.refresh_soon()
+            member.calls.take_over(call.decisions)
+        else:
+            # Each alone: some keys of the call may be there, and others not.
+            for one in call.decisions:
+                member.calls.take_over([one], asking=True)
+        member.link.pump()
+
+    def try_again(self, call: Call) -> None:
+        """Send decisions again whose keys were between two nodes: each alone, a little later."""
+        if self._closed:
+            fail_all(call.decisions, CLOSED, None)
+            return
+        self._between += call.decisions
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_TRY_AGAIN, self._send_again)
+
+    def refresh_soon(self) -> None:
+        """Look at the slots again, in a moment and not more than so often."""
+        refreshing = self._refreshing is not None and not self._refreshing.done()
+        if not refreshing and not self._closed:
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+
+    async def greet(self, connection: Any, address: Address) -> None:
+        """Get a connection ready; the primary that has a namespace's record is asked for it."""
+        held = {
+            namespace: shards
+            for namespace, shards in self.backend.namespaces.items()
+            if self._owners[key_slot(namespace.encode())] == address
+        }
+        try:
+            await greet(connection, self.backend.server_clock, held)
+        except UsageError:
+            self.ready = False  # on the other nodes, too
+            raise
+
+    def check_pulses(self) -> None:
+        """Give up the connections that are dead."""
+        # All: what was redirected expires where it arrived first.
+        for member in self._members.values():
+            member.link.check_pulse()
+
+    async def close(self) -> None:
+        """Close all connections; what waits fails."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        fail_all(self._between, CLOSED, None)
+        tasks = [task for task in (self._opening, self._refreshing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(member.link.close() for member in self._members.values()))
+
+    def _send_again(self) -> None:
+        self._timer = None
+        decisions, self._between = self._between, []
+        for one in decisions:
+            # The wait bounds how often this may go on, until the decision's deadline.
+            one.redirected = 0
+            try:
+                member = self._member_of(tag_of(one.charges))
+            except BackendError as exc:
+                fail_all([one], str(exc), exc)
+                continue
+            member.calls.take_over([one])
+            member.link.pump()
+
+    def _member_of(self, tag: str) -> Member:
+        """Return the primary that serves a hash tag.
+
+        Raises:
+            BackendError: No primary does.
+        """
+        slot = self._slots.get(tag)
+        if slot is None:
+            if len(self._slots) >= _SLOTS:
+                self._slots.clear()
+            slot = self._slots[tag] = key_slot(tag.encode())
+        address = self._owners[slot]
+        if address is None:
+            self.refresh_soon()
+            raise BackendError(f"no node of the Redis Cluster serves slot {slot}")
+        return self._member(address)
+
+    def _member(self, address: Address) -> Member:
+        member = self._members.get(address)
+        if member is None:
+            member = self._members[address] = Member(self, address)
+        return member
+
+    async def _open(self) -> None:
+        await self._learn_slots()
+        for address in dict.fromkeys(self._owners):
+            if address is not None:
+                self._member(address).link.pump()  # connect, so that no decision has to wait for it
+        for namespace in self.backend.namespaces:
+            address = self._owners[key_slot(namespace.encode())]
+            if address is None:
+                continue
+            try:
+                await self._member(address).link.open()
+            except BackendError as exc:
+                if isinstance(exc.__cause__, UsageError):
+                    raise
+                # The other nodes can serve; the record is compared once this one is back.
+                _log.warning("tieredlimit: %s; trying again with each decision", exc)
+        self.ready = True
+
+    def _opened(self, opening: asyncio.Task[None]) -> None:
+        self._opening = None
+        if not opening.cancelled():
+            opening.exception()  # whoever still waits has it; nobody else needs a warning
+
+    async def _refresh(self) -> None:
+        try:
+            await self._learn_slots()
+        except BackendError as exc:
+            _log.debug("tieredlimit: %s", exc)
+        await asyncio.sleep(_REFRESH_INTERVAL)
+        serving = set(self._owners)
+        left = [address for address in self._members if address not in serving]
+        idle = [address for address in left if not self._members[address].busy]
+        for address in idle:
+            await self._members.pop(address).link.close()
+        self._refreshing = None
+        if len(idle) < len(left):
+            self.refresh_soon()
+
+    async def _learn_slots(self) -> None:
+        """Ask the nodes one after the other, until one tells.
+
+        Raises:
+            BackendError: None did.
+        """
+        first = [] if self._best_informed is None else [self._best_informed]
+        connected = [address for address, one in self._members.items() if one.link.connected]
+        nodes = [*first, *connected, *self.backend.seeds, *self._members]
+        why: Exception = BackendError("no node is known")
+        for address in dict.fromkeys(nodes):
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    self._owners = await self._ask_slots(address)
+            except Exception as exc:  # noqa: BLE001 -- redis-py's parsers raise all sorts for garbage
+                why = exc
+            else:
+                return
+        raise BackendError(
+            f"cannot connect to the Redis Cluster: {str(why) or type(why).__name__}"
+        ) from why
+
+    async def _ask_slots(self, address: Address) -> list[Address | None]:
+        connection = self.backend.connection_to(address)
+        try:
+            await connection.connect()
+            await connection.send_command("CLUSTER", "SLOTS")
+            told = await connection.read_response(disable_decoding=True)
+        finally:
+            await connection.disconnect(nowait=True)
+        owners: list[Address | None] = [None] * _SLOTS
+        for first, last, (told_host, port, *_), *_ in told:
+            host = (told_host or b"").decode()
+            owner = (host if host not in _NO_HOST else address[0], port)
+            owners[first : last + 1] = [owner] * (last + 1 - first)
+        if not told:
+            raise BackendError(f"{address[0]}:{address[1]} knows of no slots")
+        return owners
+
+
+class Member:
+    """Hold the connection to one primary and what waits for it."""
+
+    def __init__(self, fleet: Fleet, address: Address) -> None:
+        backend = fleet.backend
+        self.calls = NodeCalls(fleet, address)
+        self.link = Link(
+            lambda: backend.connection_to(address),
+            lambda connection: fleet.greet(connection, address),
+            self.calls,
+            in_flight=IN_FLIGHT,
+            connect_timeout=CONNECT_TIMEOUT,
+            # Not while somebody may still be waiting for a reply, however patient.
+            stall_timeout=max(STALL_TIMEOUT, backend.timeout),
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits for it."""
+        return self.calls.waiting or self.link.busy

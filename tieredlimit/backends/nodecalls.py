@@ -1,0 +1,133 @@
+"""What waits for one primary of a Redis Cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import AskError, NoScriptError, TryAgainError
+
+from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.calls import MAX_WAITING, Call, Calls, Waiting, fail_all, gather
+from tieredlimit.backends.server import TAKE
+from tieredlimit.errors import BackendError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.fleet import Fleet
+
+Address = tuple[str, int]
+
+
+class NodeCalls(Calls):
+    """Gather decisions into calls of one hash tag each, and follow redirections."""
+
+    def __init__(self, fleet: Fleet, address: Address) -> None:
+        backend = fleet.backend
+        super().__init__(
+            TAKE,
+            clock=backend.server_clock.explicit,
+            timeout=backend.timeout,
+            learn_clock=backend.server_clock.learn,
+            expired=fleet.check_pulses,
+        )
+        self._fleet = fleet
+        self._address = address
+        self._redirected: deque[tuple[list[Waiting], bool, bool]] = deque()
+        self._by_tag: dict[str, deque[Waiting]] = {}
+        self._sorted = 0
+
+    def add(self, charges: Sequence[Charge]) -> asyncio.Future[Reply]:
+        """Let a decision wait for the next call of its tag.
+
+        Raises:
+            BackendError: Too many wait already, or the decision has too many keys.
+        """
+        if self._sorted + len(self._queue) >= MAX_WAITING:
+            raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
+        return super().add(charges)
+
+    def take_over(
+        self, decisions: list[Waiting], *, asking: bool = False, again: bool = False
+    ) -> None:
+        """Send decisions that were refused elsewhere, as one call and before all others."""
+        if len(self._redirected) >= MAX_WAITING:
+            fail_all(decisions, f"{MAX_WAITING} decisions are waiting for Redis already", None)
+        else:
+            self._redirected.append((decisions, asking, again))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self._redirected or self._by_tag) or super().waiting
+
+    def next_call(self) -> Call | None:
+        """Return the next call to send, None if nobody waits; the tags take turns."""
+        while self._redirected:
+            waiting, asking, again = self._redirected.popleft()
+            decisions = [one for one in waiting if not one.future.done()]
+            if decisions:
+                return self._call(decisions, again=again, asking=asking)
+        call = self._call_again()
+        if call is not None:
+            return call
+        while self._queue:
+            one = self._queue.popleft()
+            if not one.future.done():
+                tag = tag_of(one.charges)
+                self._by_tag.setdefault(tag, deque()).append(one)
+                self._sorted += 1
+        while self._by_tag:
+            tag = next(iter(self._by_tag))
+            queue = self._by_tag.pop(tag)
+            before = len(queue)
+            decisions = gather(queue)
+            self._sorted -= before - len(queue)
+            if queue:
+                self._by_tag[tag] = queue
+            if decisions:
+                return self._call(decisions, again=False)
+        return None
+
+    def answer(self, call: Call, reply: Any) -> str | None:
+        """Give each decision its part of the reply, or send it where the node says."""
+        # All of these prove that nothing ran.
+        if isinstance(reply, AskError):
+            self._fleet.redirect(call, reply, self._address)
+        elif isinstance(reply, TryAgainError):
+            self._fleet.try_again(call)
+        elif isinstance(reply, NoScriptError) and call.asking and not call.again:
+            self.take_over(call.decisions, asking=True, again=True)
+        else:
+            return super().answer(call, reply)
+        return None
+
+    def fail(self, call: Call, why: str, cause: BaseException | None = None) -> None:
+        """Fail every decision of a call; whoever serves its slot may have changed."""
+        self._look_around(cause)
+        super().fail(call, why, cause)
+
+    def fail_waiting(self, why: str, cause: BaseException | None = None) -> None:
+        """Fail every decision that waits for a call; as `fail`."""
+        self._look_around(cause)
+        waiting = [one for decisions, _, _ in self._redirected for one in decisions]
+        waiting += [one for queue in self._by_tag.values() for one in queue]
+        self._redirected.clear()
+        self._by_tag.clear()
+        self._sorted = 0
+        fail_all(waiting, why, cause)
+        super().fail_waiting(why, cause)
+
+    def _look_around(self, cause: BaseException | None) -> None:
+        # Not where we are closed or cancelled: an event loop that ends must not start any task.
+        if isinstance(cause, Exception):
+            self._fleet.refresh_soon()
+
+
+def tag_of(charges: Sequence[Charge]) -> str:
+    """Return the hash tag of a decision's keys, without its braces."""
+    if not charges:
+        return ""
+    key = charges[0].key
+    return key[key.index("{") + 1 : key.index("}")]

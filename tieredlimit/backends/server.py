@@ -1,0 +1,122 @@
+"""What one server and a cluster of them have in common: how to connect, the clock, the script."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from tieredlimit._core.keys import KEY_FORMAT
+from tieredlimit.backends.calls import Script
+from tieredlimit.backends.memory import system_clock
+from tieredlimit.errors import UsageError
+
+DEFAULT_TIMEOUT = 0.1
+"""Seconds that a decision may take."""
+CONNECT_TIMEOUT = 2.0
+"""Seconds that a connection may take to be made."""
+STALL_TIMEOUT = 1.0
+"""Seconds without a reply after which a connection is given up."""
+
+TAKE = Script(files("tieredlimit.backends").joinpath("lua/take.lua").read_text("utf-8"))
+
+_log = logging.getLogger("tieredlimit")
+
+
+def client_of(url: str, options: Mapping[str, Any]) -> Redis:
+    """Return a client of one server whose connections repeat nothing.
+
+    Raises:
+        UsageError: The URL or an option cannot be used.
+    """
+    settings: dict[str, Any] = {
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "client_name": "tieredlimit",
+        **options,
+    }
+    try:
+        client = Redis.from_url(url, **settings)
+        # Made, not connected: an option that connections do not know shows here.
+        pool: Any = client.connection_pool
+        pool.make_connection()
+    except (RedisError, TypeError) as exc:
+        raise UsageError(f"the options of the Redis client cannot be used: {exc}") from exc
+    except ValueError:
+        # Neither the text nor the cause: both may show a part of a password.
+        raise UsageError(
+            "the Redis URL cannot be read; write redis://user:password@host:6379/0, with any "
+            "of :/?#[]@ in user or password as %3A and so on"
+        ) from None
+    return client
+
+
+class ServerClock:
+    """Carry on the server's clock from its latest reply, by this process' monotonic clock.
+
+    `explicit` is a clock to decide by instead, None for the server's.
+    """
+
+    def __init__(self, explicit: Callable[[], int] | None) -> None:
+        self.explicit = explicit
+        self._offset_us: int | None = None
+
+    def learn(self, now: int) -> None:
+        """Take in the instant of a reply."""
+        self._offset_us = now - time.monotonic_ns() // 1000
+
+    def now(self) -> int:
+        """Return the instant in microseconds; before the first reply it is this host's."""
+        if self.explicit is not None:
+            return self.explicit()
+        if self._offset_us is None:
+            return system_clock()
+        return time.monotonic_ns() // 1000 + self._offset_us
+
+
+async def greet(connection: Any, clock: ServerClock, namespaces: Mapping[str, int]) -> None:
+    """Get a new connection ready: load the script, learn the clock, compare the namespaces' layout.
+
+    Raises:
+        UsageError: A namespace holds keys of another format or number of shards.
+    """
+    await connection.send_command("SCRIPT", "LOAD", TAKE.text)
+    try:
+        await connection.read_response()
+    except ResponseError as exc:
+        # A user that may run scripts but not load them is served by EVAL.
+        _log.warning("tieredlimit: Redis refused to load a script: %s", exc)
+    await connection.send_command("TIME")
+    seconds, microseconds = await connection.read_response()
+    clock.learn(int(seconds) * 1_000_000 + int(microseconds))
+    for namespace, shards in namespaces.items():
+        await _check_layout(connection, namespace, shards)
+
+
+async def _check_layout(connection: Any, namespace: str, shards: int) -> None:
+    """Compare how this process lays out a namespace with how the first one did."""
+    key = f"tl:{{{namespace}}}:layout"
+    ours = f"format {KEY_FORMAT}, shards {shards}"
+    try:
+        await connection.send_command("SET", key, ours, "NX")
+        await connection.read_response()
+        await connection.send_command("GET", key)
+        theirs = await connection.read_response(disable_decoding=True)
+    except ResponseError as exc:
+        # A replica, or a user that may not: the takes will say what is wrong, if anything.
+        _log.warning("tieredlimit: Redis refused to compare the layout: %s", exc)
+        return
+    if theirs is not None and theirs != ours.encode():
+        spelled = theirs.decode("utf-8", "replace")
+        raise UsageError(
+            f'the namespace "{namespace}" in Redis is laid out as "{spelled:.80}", this '
+            f'process has "{ours}": give all its processes the same shards, or another namespace'
+        )
