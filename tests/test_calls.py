@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -644,3 +645,25 @@ def bare() -> Bare:
         expired=expired.set,
     )
     return Bare(calls, expired)
+
+
+async def test_loop_that_was_frozen_grants_one_more_timeout_and_not_as_long_again(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    later = loop.call_later
+    delays: list[float] = []
+
+    def recorded(delay: float, *rest: Any) -> Any:
+        delays.append(delay)
+        return later(0, *rest)
+
+    monkeypatch.setattr(loop, "call_later", recorded)
+    taking = bare.calls.add([charge(shelf(quota("5/hour")))])
+    bare.calls._due -= 600  # as after ten minutes in a frozen container
+
+    bare.calls._expire()
+    taking.cancel()
+    await bare.expired.wait()
+
+    assert delays == [bare.calls._timeout]

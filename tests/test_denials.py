@@ -136,7 +136,7 @@ def test_number_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     denials = Denials()
 
     for i in range(1_000):
-        denials.remember(i, 1, 0, SECOND, [SECOND])
+        denials.remember(i, 1, 0, SECOND, [SECOND], 0)
 
     assert len(denials.held) <= 100 < MOST
 
@@ -176,3 +176,12 @@ def test_decisions_are_the_same_with_and_without_remembering(
         return (one.retry_after or 0) > (other.retry_after or 0)
 
     asyncio.run(play())
+
+
+def test_denial_is_not_believed_for_longer_than_a_second_of_this_process() -> None:
+    denials = Denials()
+    denials.remember("ann", 1, now=0, wait_us=60 * SECOND, debts=[SECOND], local_us=7)
+
+    assert denials.recall("ann", 1, now=0, local_us=7 + SECOND - 1) == [SECOND]
+    assert denials.recall("ann", 1, now=0, local_us=7 + SECOND) is None
+    assert denials.recall("ann", 1, now=0, local_us=7) is None

@@ -1074,6 +1074,34 @@ class TestLifespan:
         assert sent == ["startup.complete", "shutdown.complete"]
         assert spy.others == ["open", "start", "end", "close"]
 
+    async def test_a_limiter_that_must_not_open_fails_the_startup_before_the_applications(
+        self,
+    ) -> None:
+        class Refused(Spy):
+            async def open(self) -> None:
+                raise UsageError("laid out otherwise")
+
+        started: list[str] = []
+        told: list[Message] = []
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            started.append("start")
+            yield
+
+        async def receive() -> Message:
+            return {"type": "lifespan.startup"}
+
+        async def send(message: Message) -> None:
+            told.append(message)
+
+        app = behind(Limiter(policy(), Refused()), Starlette(lifespan=lifespan))
+        with pytest.raises(UsageError, match="laid out otherwise"):
+            await app({"type": "lifespan", "state": {}}, receive, send)
+
+        assert told == [{"type": "lifespan.startup.failed", "message": "laid out otherwise"}]
+        assert started == []
+
     async def test_a_startup_that_fails_is_told_and_leaves_nothing_open(self) -> None:
         spy = Spy()
 

@@ -207,7 +207,7 @@ class Limiter:
             subject = tuple(charge.key for charge in charges)
         denials = self._denials
         if denials.held:
-            debts = denials.recall(subject, cost, self.backend.now())
+            debts = denials.recall(subject, cost, self.backend.now(), _local_us())
             if debts is not None:
                 return _denial(entry, cost, debts)
         try:
@@ -217,7 +217,8 @@ class Limiter:
         if allowed:
             return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts)
         denial = _denial(entry, cost, debts)
-        denials.remember(subject, cost, now, round((denial.retry_after or 0) * SECOND_US), debts)
+        wait_us = round((denial.retry_after or 0) * SECOND_US)
+        denials.remember(subject, cost, now, wait_us, debts, _local_us())
         return denial
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
@@ -316,6 +317,10 @@ class Limiter:
                     decided.append(_judge(entry, cost, own))
         rest = iter(decided)
         return [decision or next(rest) for decision in known]
+
+
+def _local_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 def _denial(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:

@@ -182,7 +182,12 @@ class TieredLimitMiddleware:
         async def receive_and_open() -> Message:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.limiter.open()
+                try:
+                    await self.limiter.open()
+                except Exception as exc:
+                    # Unsaid, servers take this for an application without lifespan, and serve.
+                    await send({"type": "lifespan.startup.failed", "message": str(exc)})
+                    raise
             return message
 
         async def close_and_send(message: Message) -> None:

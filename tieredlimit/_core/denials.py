@@ -14,31 +14,40 @@ class Denials:
     """Remember who was denied which cost, and how far the buckets were from full.
 
     Buckets only fill as time passes, and other takes only empty them: until the cost fits it stays
-    denied, and so does any larger one. Instants are microseconds on the backend's clock.
+    denied, and so does any larger one. Instants are microseconds on the backend's clock; `local_us`
+    is one of this process that never steps, and bounds how long a denial is believed whatever the
+    backend's does.
     """
 
     __slots__ = ("held",)
 
     def __init__(self) -> None:
-        self.held: dict[object, tuple[int, int, int, Sequence[int]]] = {}
+        self.held: dict[object, tuple[int, int, int, int, Sequence[int]]] = {}
 
     def remember(
-        self, key: object, cost: int, now: int, wait_us: int, debts: Sequence[int]
+        self,
+        key: object,
+        cost: int,
+        now: int,
+        wait_us: int,
+        debts: Sequence[int],
+        local_us: int,
     ) -> None:
         """Keep a denial of `cost` that ends `wait_us` from now, or sooner."""
         if len(self.held) >= MOST:
             # Whoever is dropped is asked about once more; that is all.
             self.held.clear()
-        self.held[key] = (cost, now, now + min(wait_us, LONGEST_US), debts)
+        lasts = min(wait_us, LONGEST_US)
+        self.held[key] = (cost, now, now + lasts, local_us + lasts, debts)
 
-    def recall(self, key: object, cost: int, now: int) -> list[int] | None:
+    def recall(self, key: object, cost: int, now: int, local_us: int) -> list[int] | None:
         """Return the debts as of now if the cost is still denied, None if the store must say."""
         denial = self.held.get(key)
         if denial is None:
             return None
-        denied_cost, since, until, debts = denial
-        if not since <= now < until:
-            del self.held[key]
+        denied_cost, since, until, local_until, debts = denial
+        if local_us >= local_until or not since <= now < until:
+            self.held.pop(key, None)  # another thread may have been here
             return None
         if cost < denied_cost:
             return None

@@ -250,8 +250,9 @@ class Calls:
         if turns:
             busy = loop.time() - self._due if turns == _TURNS else 0.0
             if busy > _BUSY:
-                # Nor does the time count in which the loop sent nothing either.
-                self._timer = loop.call_later(busy, self._expire, turns - 1)
+                # Nor does the time count in which the loop sent nothing either; but a process that
+                # was frozen must not wait as long again.
+                self._timer = loop.call_later(min(busy, self._timeout), self._expire, turns - 1)
             else:
                 self._timer = loop.call_soon(self._expire, turns - 1)
             return

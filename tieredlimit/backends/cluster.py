@@ -63,7 +63,7 @@ class ClusterBackend:
     ) -> None:
         if not timeout > 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
-        self.server_clock = ServerClock(clock)
+        self.server_clock = ServerClock(clock, several=True)
         self.timeout = timeout
         one_node, self.seeds = _read_url(url)
         # Never connected: it holds the settings that all nodes share.
@@ -102,7 +102,8 @@ class ClusterBackend:
 
     async def close(self) -> None:
         """Close this event loop's connections."""
-        fleet = self._fleets.pop(asyncio.get_running_loop(), None)
+        with self._lock:
+            fleet = self._fleets.pop(asyncio.get_running_loop(), None)
         if fleet is not None:
             await fleet.close()
 

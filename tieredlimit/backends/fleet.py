@@ -229,11 +229,15 @@ class Fleet:
         await asyncio.sleep(_REFRESH_INTERVAL)
         serving = set(self._owners)
         left = [address for address in self._members if address not in serving]
-        idle = [address for address in left if not self._members[address].busy]
-        for address in idle:
-            await self._members.pop(address).link.close()
+        busy = False
+        for address in left:
+            # Looked at one by one: while one closes, a redirection may give another work.
+            if self._members[address].busy:
+                busy = True
+            else:
+                await self._members.pop(address).link.close()
         self._refreshing = None
-        if len(idle) < len(left):
+        if busy:
             self.refresh_soon()
 
     async def _learn_slots(self) -> None:

@@ -84,7 +84,9 @@ class Link:
         await asyncio.wait([opening])
         if opening.cancelled():
             raise BackendError(_CLOSED)
-        opening.result()
+        if error := opening.exception():
+            # An error each: callers add their own traceback to it.
+            raise BackendError(str(error)) from (error.__cause__ or error)
 
     def offer(self) -> None:
         """Send what waits, unless the calls in flight are enough or more is about to come."""

@@ -139,7 +139,8 @@ class RedisBackend:
 
     async def close(self) -> None:
         """Close this event loop's connection. A client handed to the constructor stays open."""
-        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        with self._lock:
+            session = self._sessions.pop(asyncio.get_running_loop(), None)
         self._latest = None
         if session is not None:
             await session[0].close()

@@ -62,16 +62,21 @@ def client_of(url: str, options: Mapping[str, Any]) -> Redis:
 class ServerClock:
     """Carry on the server's clock from its latest reply, by this process' monotonic clock.
 
-    `explicit` is a clock to decide by instead, None for the server's.
+    `explicit` is a clock to decide by instead, None for the server's. Of `several` servers the one
+    that is ahead counts, so that nobody grows younger with the next reply.
     """
 
-    def __init__(self, explicit: Callable[[], int] | None) -> None:
+    def __init__(self, explicit: Callable[[], int] | None, *, several: bool = False) -> None:
         self.explicit = explicit
+        self._several = several
         self._offset_us: int | None = None
 
     def learn(self, now: int) -> None:
         """Take in the instant of a reply."""
-        self._offset_us = now - time.monotonic_ns() // 1000
+        offset_us = now - time.monotonic_ns() // 1000
+        if self._several and self._offset_us is not None:
+            offset_us = max(offset_us, self._offset_us)
+        self._offset_us = offset_us
 
     def now(self) -> int:
         """Return the instant in microseconds; before the first reply it is this host's."""
