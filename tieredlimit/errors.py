@@ -45,8 +45,8 @@ class Fault:
 class PolicyError(TieredLimitError):
     """Report every fault of a policy document at once.
 
-    `faults` holds them in the order of the document; `source` names the files, or is empty where
-    the document did not come from one.
+    `faults` holds them in the order in which they were found; `source` names the files, or is empty
+    where the document did not come from one.
     """
 
     def __init__(self, faults: Iterable[Fault], source: str = "") -> None:
