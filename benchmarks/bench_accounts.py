@@ -93,7 +93,7 @@ async def measure(
             for store, operation in operations.items():
                 await _fill(operation, accounts)
                 contenders[Cell(store, accounts)] = partial(
-                    drive, operation, subjects, CALLERS[store], seconds
+                    drive, operation, subjects, CALLERS[store], seconds, waits=store == "redis"
                 )
             if len(held) != accounts:
                 raise RuntimeError(f"{len(held)} of {accounts} buckets are in memory")

@@ -115,7 +115,7 @@ async def measure(
             for callers in CALLERS:
                 for target, operation in targets.items():
                     contenders[Cell(store, quotas, callers, target)] = partial(
-                        drive, operation, accounts, callers, seconds
+                        drive, operation, accounts, callers, seconds, waits=store == "redis"
                     )
         try:
             for quotas, floor in (await _redis_benchmarks(server, accounts, seconds)).items():

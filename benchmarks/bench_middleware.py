@@ -71,7 +71,7 @@ async def measure(seconds: float, rounds: int) -> tuple[dict[str, Any], dict[str
     ]
     contenders: dict[str, Callable[[], Awaitable[float]]] = {}
     for name, app, path, expected in apps:
-        scope = _scope(path)
+        scope = scope_of(path)
         status, _ = await _answer(app, {**scope, "headers": headers[0]})
         if expected == 429:
             status, _ = await _answer(app, {**scope, "headers": headers[0]})
@@ -218,7 +218,8 @@ def _asgi_ratelimit() -> list[App]:
     ]
 
 
-def _scope(path: str) -> Scope:
+def scope_of(path: str) -> Scope:
+    """Return the scope of a request without headers and state."""
     return {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
         "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
@@ -226,12 +227,13 @@ def _scope(path: str) -> Scope:
     }  # fmt: skip
 
 
-async def _receive() -> Message:
+async def receive_nothing() -> Message:
+    """Return an empty body."""
     return {"type": "http.request", "body": b"", "more_body": False}
 
 
-async def _send(message: Message) -> None:
-    pass
+async def send_nowhere(message: Message) -> None:
+    """Take a message, and do nothing with it."""
 
 
 async def _answer(app: ASGIApp, scope: Scope) -> tuple[int, list[tuple[bytes, bytes]]]:
@@ -242,7 +244,7 @@ async def _answer(app: ASGIApp, scope: Scope) -> tuple[int, list[tuple[bytes, by
         if message["type"] == "http.response.start":
             started.append(message)
 
-    await app({**scope, "state": {}}, _receive, send)
+    await app({**scope, "state": {}}, receive_nothing, send)
     return started[0]["status"], list(started[0]["headers"])
 
 
@@ -256,7 +258,9 @@ async def _time(
     begin = now = clock()
     while now < begin + seconds:
         for _ in range(_AT_ONCE):
-            await app({**scope, "headers": next(workload), "state": {}}, _receive, _send)
+            await app(
+                {**scope, "headers": next(workload), "state": {}}, receive_nothing, send_nowhere
+            )
         requests += _AT_ONCE
         now = clock()
     return (now - begin) / requests * 1e6

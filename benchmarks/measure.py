@@ -107,12 +107,14 @@ async def drive(
     subjects: Sequence[Subject],
     callers: int,
     seconds: float,
+    *,
+    waits: bool,
 ) -> Run:
     """Let `callers` repeat `operation` at once for a time, over the subjects in their order.
 
-    After each operation a caller gives the event loop a turn, as a server does between requests;
-    an operation that never waits would keep the other callers out otherwise. That turn is part of
-    the throughput, not of the latency.
+    `waits` says that each operation waits for something. One that does not would keep the other
+    callers out: after each of these a caller gives the event loop a turn, which is part of the
+    throughput, not of the latency.
 
     Raises:
         RuntimeError: An operation returned False: the run would not measure what it says.
@@ -133,7 +135,8 @@ async def drive(
             latencies.append(after - before)
             if after >= deadline:
                 return
-            await asyncio.sleep(0)
+            if not waits:
+                await asyncio.sleep(0)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(callers):

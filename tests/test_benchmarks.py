@@ -221,7 +221,7 @@ async def test_driven_callers_share_the_subjects_in_their_order() -> None:
         seen.append(subject)
         return True
 
-    measured = await drive(see, [1, 2, 3], callers=4, seconds=0.001)
+    measured = await drive(see, [1, 2, 3], callers=4, seconds=0.001, waits=False)
 
     assert seen[:7] == [1, 2, 3, 1, 2, 3, 1]
     assert measured.per_second > 0
@@ -232,7 +232,7 @@ async def test_failed_operation_ends_the_run() -> None:
         return False
 
     with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="failed for 'u1'")):
-        await drive(fail, ["u1"], callers=1, seconds=0.001)
+        await drive(fail, ["u1"], callers=1, seconds=0.001, waits=True)
 
 
 @pytest.mark.parametrize(

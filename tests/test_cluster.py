@@ -30,6 +30,7 @@ from tieredlimit.backends import Charge, ClusterBackend, Reply
 from tieredlimit.backends import fleet as fleet_module
 from tieredlimit.backends import nodecalls as nodecalls_module
 from tieredlimit.backends.calls import Call
+from tieredlimit.backends.replies import Refusal
 
 PATIENT = 10.0
 IMPATIENT = 0.1
@@ -573,12 +574,28 @@ class TestNodesThatErr:
             target.says = lambda words: b"-NOSCRIPT no such\r\n"
             backend = ClusterBackend(source.url, timeout=PATIENT)
 
-            with pytest.raises(BackendError, match="Redis refused: no such"):
+            with pytest.raises(BackendError, match="Redis refused: NOSCRIPT no such"):
                 await backend.take(pair("u1", "o1"))
 
             assert source.asked[b"EVALSHA"] == 1
             assert target.asked[b"EVALSHA"] == target.asked[b"EVAL"] == 1
             assert target.asked[b"ASKING"] == 2
+            await backend.close()
+
+    @pytest.mark.fault("F5")
+    @pytest.mark.parametrize("where", ["", "7", "x 127.0.0.1:1", "7 nowhere", "16384 a:1", "7 a:0"])
+    async def test_redirection_to_nowhere_is_an_error_and_ends_the_connection(
+        self, where: str
+    ) -> None:
+        async with Node() as node:
+            node.says = lambda words: f"-MOVED {where}\r\n".encode()
+            backend = ClusterBackend(node.url, timeout=PATIENT)
+
+            with pytest.raises(BackendError, match="Redis refused: MOVED"):
+                await backend.take(pair("u1", "o1"))
+            node.says = lambda words: b"*4\r\n:10\r\n:1\r\n:5\r\n:6\r\n"
+
+            assert (await backend.take(pair("u1", "o1"))).allowed
             await backend.close()
 
     @pytest.mark.parametrize("host", ["", "?"])
@@ -715,14 +732,12 @@ class TestNodesThatErr:
     async def test_what_is_redirected_is_bounded_and_fails_once_closed(
         self, backend: ClusterBackend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from redis.exceptions import AskError
-
         fleet = backend._fleet()
         calls = fleet._member_of("test:0").calls
         fleet._closed = True
         futures = []
         for send in (
-            lambda call: fleet.redirect(call, AskError("7 127.0.0.1:1"), ("a", 1)),
+            lambda call: fleet.redirect(call, Refusal("ASK 7 127.0.0.1:1"), ("a", 1)),
             fleet.try_again,
             lambda call: taken_over(call, calls, monkeypatch),
         ):

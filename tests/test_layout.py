@@ -248,4 +248,4 @@ def test_shards_out_of_range_are_an_error(shards: int) -> None:
     ("backend", "shards"), [(None, 1), ("redis://a", 1), ("redis+cluster://a:1", 64)]
 )
 def test_shards_are_by_default_what_the_backend_needs(backend: str | None, shards: int) -> None:
-    assert Limiter(PLAIN, backend)._table._shards == shards
+    assert Limiter(PLAIN, backend)._table.shards == shards

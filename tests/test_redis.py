@@ -104,8 +104,8 @@ def decisions_sent(
     _, calls = backend._session()
     next_call = calls.next_call
 
-    def recorded() -> Call | None:
-        call = next_call()
+    def recorded(slots: int) -> Call | None:
+        call = next_call(slots)
         if call is not None:
             sent.extend(one.charges for one in call.decisions)
         return call
@@ -862,21 +862,20 @@ class TestReplies:
         await link.close()
         await link.close()
 
-        assert link._connection is None
+        assert not link.connected
 
     async def test_connection_is_given_up_only_once(self, frozen: RedisBackend) -> None:
         await frozen.open()
         link, _ = frozen._session()
-        first, reader = link._connection, link._reader
+        first = link._line
         assert first is not None
-        assert reader is not None
 
         link._drop(first, ConnectionResetError("first"))
-        await asyncio.wait([reader])
+        await first.closed
         await link.open()
         link._drop(first, ConnectionResetError("once more"))
 
-        assert link._connection is not None
+        assert link.connected
         assert (await frozen.take([charge(shelf(quota("5/hour")))])).allowed
 
 

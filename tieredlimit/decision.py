@@ -16,6 +16,7 @@ from tieredlimit._core.fields import (
     Field,
     fields_of_debts,
     legacy_fields,
+    policy_field,
     rate_limit_fields,
     whole_seconds,
     zero_fields,
@@ -91,6 +92,7 @@ class Decision(NamedTuple):
         limits: The quotas that were asked, in the order of `debts`.
         debts: Per quota, the microseconds until its bucket is full; empty where the store was not
             asked.
+        policy: What `RateLimit-Policy` says of `limits`, if that was made beforehand.
     """
 
     allowed: bool
@@ -100,6 +102,7 @@ class Decision(NamedTuple):
     retry_after: float | None = None
     limits: tuple[Quota, ...] = ()
     debts: Sequence[int] = ()
+    policy: bytes = b""
 
     @property
     def feature(self) -> str:
@@ -164,7 +167,9 @@ class Decision(NamedTuple):
         A denial shows only the quotas that deny, so that no `t` is later than its Retry-After.
         """
         if self.allowed and self.debts and not legacy:
-            return fields_of_debts(self.limits, self.debts)
+            return fields_of_debts(
+                self.policy or policy_field(self.limits), self.limits, self.debts
+            )
         if self.reason == "zero":
             return zero_fields([self.feature])
         shown = self.quotas if self.allowed else [quota for quota in self.quotas if quota.denies]

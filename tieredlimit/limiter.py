@@ -22,7 +22,15 @@ from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import did_you_mean
 from tieredlimit._core.table import Entry, Table
-from tieredlimit.backends import Backend, Charge, ClusterBackend, MemoryBackend, RedisBackend
+from tieredlimit.backends import (
+    Backend,
+    Charge,
+    ClusterBackend,
+    MemoryBackend,
+    RedisBackend,
+    Reply,
+)
+from tieredlimit.backends.memory import new_tuple
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
 
@@ -97,6 +105,10 @@ class Limiter:
         if isinstance(backend, RedisBackend | ClusterBackend):
             backend.join(namespace, shards)
         self._table = Table(policy, namespace, shards)
+        # What answers without waiting is asked so, unless a subclass has its own way.
+        self._take_now: Callable[[Sequence[Charge]], Reply] | None = None
+        if isinstance(backend, MemoryBackend) and type(backend).take is MemoryBackend.take:
+            self._take_now = backend.take_now
         self._denials = Denials()
         self.complaints = Complaints()
 
@@ -190,18 +202,55 @@ class Limiter:
             UsageError: The feature is unknown, the cost is no whole number from 0 to 10**9, or an
                 id cannot be stored. Nothing was charged.
         """
-        entry = self._entry(account, feature, cost)
+        decision, entry, subject, charges = self._ask(account, feature, cost)
+        if decision is not None:
+            return decision
+        try:
+            now = self._take_now
+            reply = await self.backend.take(charges) if now is None else now(charges)
+        except BackendError as exc:
+            return self._outage(entry, cost, exc)
+        return self._conclude(entry, cost, subject, reply)
+
+    def take_now(self, account: Account, feature: str, cost: int = 1) -> Decision | None:
+        """Do what `take` does, where that needs no waiting; None where it does.
+
+        Raises:
+            UsageError: As `take`.
+        """
+        if self._take_now is None:
+            return None
+        decision, entry, subject, charges = self._ask(account, feature, cost)
+        if decision is not None:
+            return decision
+        try:
+            reply = self._take_now(charges)
+        except BackendError as exc:
+            return self._outage(entry, cost, exc)
+        return self._conclude(entry, cost, subject, reply)
+
+    def _ask(
+        self, account: Account, feature: str, cost: int
+    ) -> tuple[Decision | None, Entry, object, Sequence[Charge]]:
+        """Return the decision if it needs no backend, the cell, and what to charge for whom."""
+        table = self._table
+        now = self.backend.now() if table.asks_age else 0
+        entry = None
+        if type(cost) is int and 0 <= cost <= MAX_AMOUNT and type(feature) is str:
+            entry = table.find(account, feature, now)
+        if entry is None:
+            entry = self._entry(account, feature, cost)
         if not self.enabled or entry.most is None or cost > entry.most:
             decision = self._without_asking(entry, cost)
             if decision is not None:
-                return decision
+                return decision, entry, None, ()
         shelves = entry.shelves
-        shard = self._table.shard_of(account)
+        shard = table.shard_of(account) if table.shards > 1 else 0
         subject: object
         if len(shelves) == 1:
             shelf = shelves[0]
             subject = key = shelf.key(account, shard)
-            charges = [Charge(key, shelf, cost)]
+            charges: Sequence[Charge] = (new_tuple(Charge, (key, shelf, cost)),)
         else:
             charges = [Charge(shelf.key(account, shard), shelf, cost) for shelf in shelves]
             subject = tuple(charge.key for charge in charges)
@@ -209,16 +258,24 @@ class Limiter:
         if denials.held:
             debts = denials.recall(subject, cost, self.backend.now(), _local_us())
             if debts is not None:
-                return _denial(entry, cost, debts)
-        try:
-            allowed, now, debts = await self.backend.take(charges)
-        except BackendError as exc:
-            return self._outage(entry, cost, exc)
+                return _denial(entry, cost, debts), entry, subject, ()
+        return None, entry, subject, charges
+
+    def _conclude(self, entry: Entry, cost: int, subject: object, reply: Reply) -> Decision:
+        """Return the decision that a reply means."""
+        allowed, now, debts = reply
         if allowed:
-            return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts)
+            # As `Decision(…)`, at half its cost.
+            return new_tuple(
+                Decision,
+                (
+                    True, "allowed", entry.cell, cost, None,
+                    entry.quotas, debts, entry.policy_field,
+                ),
+            )  # fmt: skip
         denial = _denial(entry, cost, debts)
         wait_us = round((denial.retry_after or 0) * SECOND_US)
-        denials.remember(subject, cost, now, wait_us, debts, _local_us())
+        self._denials.remember(subject, cost, now, wait_us, debts, _local_us())
         return denial
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
@@ -336,7 +393,8 @@ def _judge(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
     decision = _denial(entry, cost, debts)
     if decision.retry_after:
         return decision
-    return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts)
+    policy = entry.policy_field
+    return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts, policy)
 
 
 def _spell_cost(cost: object) -> str:

@@ -90,11 +90,14 @@ class TieredLimitMiddleware:
             return
 
         limits = self._limits(scope)
-        answer = await self._charge(limits, scope)
-        if answer is not None:
-            await answer(scope, receive, send)
-            return
+        metered = self._metered(scope)
+        if metered is not None:
+            answer = await self._charge(limits, scope, *metered)
+            if answer is not None:
+                await answer(scope, receive, send)
+                return
 
+        legacy = self._legacy_fields
         started = False
 
         async def send_with_limits(message: Message) -> None:
@@ -102,9 +105,11 @@ class TieredLimitMiddleware:
             kind = message["type"]
             if kind in _WITH_HEADERS:
                 started = True
-                fields = [] if limits.denied else limits.fields(legacy=self._legacy_fields)
-                if fields:
-                    message = {**message, "headers": _replace(message.get("headers", ()), fields)}
+                if limits.decisions and not limits.denied:
+                    fields = limits.fields(legacy=legacy)
+                    if fields:
+                        headers = _replace(message.get("headers", ()), fields)
+                        message = {**message, "headers": headers}
             elif kind == "websocket.close":
                 started = True
             await send(message)
@@ -125,39 +130,40 @@ class TieredLimitMiddleware:
         if isinstance(limits, RequestLimits) and limits.limiter is self.limiter:
             return limits
         limits = RequestLimits(self.limiter, scope, self._identify, self._anonymous)
-        state: dict[str, Any] = scope.setdefault("state", {})
-        if STATE_KEY in state:
+        state: dict[str, Any] | None = scope.get("state")
+        if state is None:
+            state = scope["state"] = {}
+        elif STATE_KEY in state:
             state = scope["state"] = state.copy()
         scope[STATE_KEY] = state[STATE_KEY] = limits
         return limits
 
-    async def _charge(self, limits: RequestLimits, scope: Scope) -> ASGIApp | None:
-        """Charge the request, and return its answer where it must not go on."""
-        if not self.limiter.enabled or _is_preflight(scope):
+    def _metered(self, scope: Scope) -> tuple[str, int] | None:
+        """Return the feature and the cost that a request is metered as, None if it is not."""
+        limiter = self.limiter
+        method = scope.get("method", "GET")
+        if not limiter.enabled or (method == "OPTIONS" and _is_preflight(scope)):
             return None
-        path, outside_root = _route_path(scope)
-        matched = self.limiter.match(scope.get("method", "GET"), path, outside_root=outside_root)
-        if matched is None:
-            return None
-        try:
-            decision = await self._decide(limits, *matched)
-        except HTTPException as answer:
-            return _rendered(answer, scope)
-        except Denied as denied:
-            decision = denied.decision
-        return None if decision.allowed else await self._denial(limits, decision, scope)
+        path, outside_root = (
+            _route_path(scope) if scope.get("root_path") else (scope["path"], False)
+        )
+        return limiter.match(method, path, outside_root=outside_root)
 
-    async def _decide(self, limits: RequestLimits, feature: str, cost: int) -> Decision:
+    async def _charge(
+        self, limits: RequestLimits, scope: Scope, feature: str, cost: int
+    ) -> ASGIApp | None:
+        """Charge the request, and return its answer where it must not go on."""
         decision = limits.decisions.get(feature)
-        if decision is not None:
-            return decision
-        try:
-            return await limits.take_first(feature, cost, None)
-        except (HTTPException, Denied):
-            raise
-        except Exception as exc:  # noqa: BLE001 -- our own trouble must never be a 500
-            decision = limits.decisions[feature] = self.limiter.outage(feature, cost, exc)
-            return decision
+        if decision is None:
+            try:
+                decision = await limits.take_first(feature, cost)
+            except HTTPException as answer:
+                return _rendered(answer, scope)
+            except Denied as denied:
+                decision = denied.decision
+            except Exception as exc:  # noqa: BLE001 -- our own trouble must never be a 500
+                decision = limits.decisions[feature] = self.limiter.outage(feature, cost, exc)
+        return None if decision.allowed else await self._denial(limits, decision, scope)
 
     async def _denial(self, limits: RequestLimits, decision: Decision, scope: Scope) -> ASGIApp:
         """Return the application that answers a denial."""
@@ -208,9 +214,7 @@ def _route_path(scope: Scope) -> tuple[str, bool]:
     It is decoded, and below the root path where it begins with that.
     """
     path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if not root:
-        return path, False
+    root: str = scope["root_path"]
     below = path[len(root) :]
     # A root path that ends in mid-segment is none of the router's, and so none of ours.
     if path.startswith(root) and (not below or below[0] == "/"):
@@ -219,15 +223,13 @@ def _route_path(scope: Scope) -> tuple[str, bool]:
 
 
 def _is_preflight(scope: Scope) -> bool:
-    if scope.get("method") != "OPTIONS":
-        return False
     names = {name.lower() for name, _ in scope["headers"]}
     return b"origin" in names and b"access-control-request-method" in names
 
 
 def _replace(headers: Any, fields: list[Field]) -> list[Field]:
     """Return the headers with our fields in place of the application's of the same names."""
-    ours = {name for name, _ in fields}
+    ours = [name for name, _ in fields]
     return [header for header in headers if header[0].lower() not in ours] + fields
 
 

@@ -13,7 +13,7 @@ from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import Decision
 from tieredlimit.errors import Denied, UsageError
-from tieredlimit.identity import Identify, resolve
+from tieredlimit.identity import Answer, Identify, resolve
 from tieredlimit.limiter import Limiter
 
 __all__ = ["STATE_KEY", "RequestLimits"]
@@ -34,6 +34,7 @@ class RequestLimits:
     __slots__ = (
         "_account",
         "_anonymous",
+        "_answer",
         "_asking",
         "_identify",
         "_pending",
@@ -57,6 +58,7 @@ class RequestLimits:
         self._identify = identify
         self._anonymous = anonymous
         self._account: Account | None = None
+        self._answer: Answer = None
         self._asking: asyncio.Lock | None = None
         self._pending: dict[str, asyncio.Task[Decision]] | None = None
 
@@ -70,12 +72,13 @@ class RequestLimits:
 
         Where that gives something else than an account or None, it is the client's address.
         """
-        if self._account is None:
+        account = self._account or self._account_now()
+        if account is None:
             # Two takes at once ask once.
             self._asking = self._asking or asyncio.Lock()
             async with self._asking:
-                self._account = await self._ask()
-        return self._account
+                account = self._account = self._account or await self._account_later()
+        return account
 
     async def take(
         self, feature: str, cost: int = 1, *, account: Account | None = None
@@ -109,16 +112,19 @@ class RequestLimits:
             pending.add_done_callback(lambda _: underway.pop(feature))
         return await asyncio.shield(pending)
 
-    async def take_first(self, feature: str, cost: int, account: Account | None) -> Decision:
+    async def take_first(self, feature: str, cost: int, account: Account | None = None) -> Decision:
         """Do what `take` does where nothing else can be taking the feature yet."""
+        decision: Decision | None
         try:
-            account = account or await self.account()
+            account = account or self._account or self._account_now() or await self.account()
         except (HTTPException, Denied):
             raise
         except Exception as exc:  # noqa: BLE001 -- whatever a lookup may raise is no decision
             decision = self.limiter.outage(feature, cost, exc)
         else:
-            decision = await self.limiter.take(account, feature, cost)
+            decision = self.limiter.take_now(account, feature, cost)
+            if decision is None:
+                decision = await self.limiter.take(account, feature, cost)
         self.decisions[feature] = decision
         return decision
 
@@ -143,23 +149,48 @@ class RequestLimits:
                 UsageError(told),
             )
 
-    async def _ask(self) -> Account:
-        if self._account is not None:
-            return self._account  # another take has asked while this one waited
-        for identify in (self._identify, self._anonymous):
-            if identify is None:
-                continue
-            try:
-                answer = identify(self.connection)
-                account = answer if isinstance(answer, Account) else await resolve(answer)
-            except UsageError as exc:
-                # An id that cannot be one may be the client's doing, and must not let it in free.
-                told = "identify gave what is no account, the client is charged by its address"
-                self.limiter.complaints.log(told, exc)
-                continue
-            if account is not None:
-                return account
-        return Account("unknown", anonymous=True)
+    def _account_now(self) -> Account | None:
+        """Return who it is, None where finding out has to wait."""
+        if self._answer is not None or self._asking is not None:
+            return None  # another take has asked, and waits
+        # Most answer at once. What does not is kept for `_account_later`.
+        answer = self._first_answer()
+        if isinstance(answer, Account):
+            self._account = answer
+            return answer
+        self._answer = answer
+        return None
+
+    async def _account_later(self) -> Account:
+        """Return the account that an answer leads to, or else the client's address."""
+        answer, self._answer = self._answer, None
+        account = await self._resolved(answer or self._first_answer())
+        if account is None:
+            account = await self._resolved(self._answer_of(self._anonymous))
+        return account or Account("unknown", anonymous=True)
+
+    def _first_answer(self) -> Answer:
+        answer = None if self._identify is None else self._answer_of(self._identify)
+        return self._answer_of(self._anonymous) if answer is None else answer
+
+    def _answer_of(self, identify: Identify) -> Answer:
+        try:
+            return identify(HTTPConnection(self._scope))
+        except UsageError as exc:
+            self._complain(exc)
+            return None
+
+    async def _resolved(self, answer: Answer) -> Account | None:
+        try:
+            return answer if isinstance(answer, Account) else await resolve(answer)
+        except UsageError as exc:
+            self._complain(exc)
+            return None
+
+    def _complain(self, error: UsageError) -> None:
+        # An id that cannot be one may be the client's doing, and must not let it in free.
+        told = "identify gave what is no account, the client is charged by its address"
+        self.limiter.complaints.log(told, error)
 
 
 def _merge(several: Iterable[list[Field]]) -> list[Field]:

@@ -10,9 +10,11 @@ from tieredlimit.errors import UsageError
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_NO_TAGS: frozenset[str] = frozenset()
+_NOT_WITHIN: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Account:
     """Name who is charged, and what billing says about them.
 
@@ -35,36 +37,52 @@ class Account:
     id: str
     plan: str | None = None
     created_at: datetime | None = None
-    tags: Collection[str] = field(default=frozenset(), hash=False)
+    tags: Collection[str] = field(default=_NO_TAGS, hash=False)
     within: Mapping[str, str] = field(default_factory=dict, hash=False)
     anonymous: bool = field(default=False, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        id: str,  # noqa: A002 -- the attribute's name
+        plan: str | None = None,
+        created_at: datetime | None = None,
+        tags: Collection[str] = _NO_TAGS,
+        within: Mapping[str, str] = _NOT_WITHIN,
+        *,
+        anonymous: bool = False,
+    ) -> None:
         # Made for every metered request: what is usual passes without a call.
-        if type(self.id) is not str or not self.id or not self.id.isascii():
-            _require_id("account id", self.id)
-        if self.plan is not None and not isinstance(self.plan, str):
-            raise UsageError(f"plan must be a string or None, got {_told(self.plan)}")
-        if type(self.within) is not dict and not isinstance(self.within, Mapping):
-            raise UsageError(f"within must be a mapping, got {_told(self.within)}")
-        for per, subject in self.within.items():
-            if type(subject) is not str or not subject or not subject.isascii():
-                _require_id(f"within[{per!r:.80}]", subject)
-        if self.tags or type(self.tags) is not frozenset:
-            _require_tags(self.tags)
-        created_at = self.created_at
-        if created_at is None:
-            return
-        if not isinstance(created_at, datetime):
-            raise UsageError(f"created_at must be a datetime or None, got {_told(created_at)}")
-        if created_at.utcoffset() is None:
-            raise UsageError(f"created_at must have a time zone, got {created_at.isoformat()}")
+        if type(id) is not str or not id or not id.isascii():
+            _require_id("account id", id)
+        if plan is not None and not isinstance(plan, str):
+            raise UsageError(f"plan must be a string or None, got {_told(plan)}")
+        if within is _NOT_WITHIN:
+            within = {}  # one of its own
+        elif within or type(within) is not dict:
+            _require_within(within)
+        if tags is not _NO_TAGS:
+            _require_tags(tags)
+        if created_at is not None:
+            _require_instant(created_at)
+        _set_id(self, id)
+        _set_plan(self, plan)
+        _set_created_at(self, created_at)
+        _set_tags(self, tags)
+        _set_within(self, within)
+        _set_anonymous(self, anonymous)
 
     def created_us(self) -> int | None:
         """Return when the account was made, in microseconds since the epoch; None is unknown."""
         if self.created_at is None:
             return None
         return (self.created_at - _EPOCH) // _MICROSECOND
+
+
+# A frozen dataclass' own way to set an attribute costs half as much again.
+_set_id, _set_plan, _set_created_at, _set_tags, _set_within, _set_anonymous = (
+    vars(Account)[name].__set__
+    for name in ("id", "plan", "created_at", "tags", "within", "anonymous")
+)
 
 
 def _require_id(place: str, value: object) -> None:
@@ -77,6 +95,20 @@ def _require_id(place: str, value: object) -> None:
     except UnicodeEncodeError as exc:
         told = f"{value!r:.80} holds a lone surrogate at {exc.start}"
         raise UsageError(f"{place} must be text that UTF-8 can hold: {told}") from None
+
+
+def _require_within(within: object) -> None:
+    if not isinstance(within, Mapping):
+        raise UsageError(f"within must be a mapping, got {_told(within)}")
+    for per, subject in within.items():
+        _require_id(f"within[{per!r:.80}]", subject)
+
+
+def _require_instant(created_at: object) -> None:
+    if not isinstance(created_at, datetime):
+        raise UsageError(f"created_at must be a datetime or None, got {_told(created_at)}")
+    if created_at.utcoffset() is None:
+        raise UsageError(f"created_at must have a time zone, got {created_at.isoformat()}")
 
 
 def _require_tags(tags: object) -> None:

@@ -74,27 +74,28 @@ def rate_limit_fields(quotas: Iterable[QuotaView]) -> list[Field]:
     return _lists(policies, limits)
 
 
-def fields_of_debts(quotas: Iterable[Quota], debts: Iterable[int]) -> list[Field]:
+def policy_field(quotas: Iterable[Quota]) -> bytes:
+    """Return the value of `RateLimit-Policy` for these quotas."""
+    return ", ".join(quota.policy_item for quota in quotas).encode()
+
+
+def fields_of_debts(policy: bytes, quotas: Iterable[Quota], debts: Iterable[int]) -> list[Field]:
     """Return what `rate_limit_fields` would, straight from the buckets' debts.
 
     For the response of every request that is allowed: a view of each quota would cost more than
-    the decision did.
+    the decision did. `policy` is what `policy_field` says of the quotas.
     """
-    policies, limits = [], []
+    limits = []
     for quota, debt in zip(quotas, debts, strict=True):
-        policies.append(quota.policy_item)
         left, rest = divmod(quota.window_us - debt, quota.interval_us)
         if left < 0:
             left, rest = 0, quota.window_us - debt
-        if debt > 0:
-            until = -(-(quota.interval_us - rest) // SECOND_US)
-            limits.append(f'"{quota.name}";r={left};t={until or 1}')
-        else:
-            limits.append(f'"{quota.name}";r={left}')
-    return [
-        (b"ratelimit-policy", ", ".join(policies).encode()),
-        (b"ratelimit", ", ".join(limits).encode()),
-    ]
+        limits.append(
+            f"{quota.limit_start}{left};t={-((rest - quota.interval_us) // SECOND_US)}"
+            if debt > 0
+            else f"{quota.limit_start}{left}"
+        )
+    return [(b"ratelimit-policy", policy), (b"ratelimit", ", ".join(limits).encode())]
 
 
 def zero_fields(names: Iterable[str]) -> list[Field]:

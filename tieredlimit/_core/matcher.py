@@ -45,6 +45,9 @@ class Matcher(Generic[T]):
         path = path or "/"
         if path[0] != "/":
             return None
+        static = self._written.static.get(path)
+        if static is not None and (hit := static.get(method) or static.get(None)) is not None:
+            return hit[0]
         hit = self._written.find(method, path)
         if hit is None and self._bare is not self._written:
             hit = self._bare.find(method, path)
@@ -83,7 +86,7 @@ class _Index(Generic[T]):
     """Patterns by specificity: those without parameters in a dict, the rest in a trie."""
 
     def __init__(self, entries: Iterable[tuple[frozenset[str] | None, str, T]]) -> None:
-        self._static: dict[str, _Methods[T]] = {}
+        self.static: dict[str, _Methods[T]] = {}
         self._root: _Node[T] = _Node()
         # Branches keep the order in which they are made, and least specific is what they want.
         ranked = sorted(entries, key=lambda entry: _specificity(entry[1]), reverse=True)
@@ -91,14 +94,14 @@ class _Index(Generic[T]):
             if "{" in pattern:
                 found = self._root.insert(_units(pattern)).methods
             else:
-                found = self._static.setdefault(pattern, {})
+                found = self.static.setdefault(pattern, {})
             for method in [None] if methods is None else covered_methods(methods):
                 found[method] = (value,)
 
     def find(self, method: str, path: str) -> tuple[T] | None:
         """Return the boxed value of the most specific pattern, or None."""
         # Routers end their regular expression with `$`, which also matches before a last newline.
-        static = self._static.get(path) or self._static.get(path.removesuffix("\n"))
+        static = self.static.get(path) or self.static.get(path.removesuffix("\n"))
         if static and (hit := static.get(method) or static.get(None)):
             return hit
         # A stack of our own: deep templates must not meet the recursion limit. Patterns form a

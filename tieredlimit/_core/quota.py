@@ -27,6 +27,7 @@ class Quota:
         clamp_us: How far ahead of now a bucket's instant may stand before it is lowered.
         tag: Four bytes that stand for the name in the store.
         policy_item: The quota's item of `RateLimit-Policy`.
+        limit_start: Its item of `RateLimit`, up to the number of tokens.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Quota:
     clamp_us: int = field(init=False)
     tag: bytes = field(init=False, repr=False)
     policy_item: str = field(init=False, repr=False)
+    limit_start: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Settling may leave a bucket one capacity below empty: the clamp must let that stand.
@@ -46,6 +48,7 @@ class Quota:
         object.__setattr__(self, "tag", blake2b(self.name.encode(), digest_size=4).digest())
         item = policy_item(self.name, self.capacity, self.window_us)
         object.__setattr__(self, "policy_item", item)
+        object.__setattr__(self, "limit_start", f'"{self.name}";r=')
 
 
 def interval_of(rate: Rate) -> tuple[int, str | None]:

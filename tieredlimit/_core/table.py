@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from struct import pack
 from zlib import crc32
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.condition import When
+from tieredlimit._core.fields import policy_field
 from tieredlimit._core.keys import ADDRESS, STAND_IN, key_prefix, subject_name
 from tieredlimit._core.matcher import Matcher
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import Quota
+from tieredlimit._core.ranking import Ranking
 from tieredlimit._core.tier import Cell, Feature
 
 _FIRST_SHARD = ":0}"
@@ -28,8 +30,10 @@ class Shelf:
         prefix: The key without the subject, on the first shard.
         catch_all: True in the last of several tiers, where strangers land.
         tags: What stands for the quotas' names in a store, in their order.
+        steps: Interval, window and clamp of each quota.
         packed: What a take of cost 1 charges, as the store's script reads it.
         packed_peek: The same for cost 0.
+        parts: How many numbers the script answers with for it alone: whether, and each debt.
     """
 
     quotas: tuple[Quota, ...]
@@ -37,14 +41,17 @@ class Shelf:
     prefix: str
     catch_all: bool
     tags: tuple[int, ...] = field(init=False)
+    steps: tuple[tuple[int, int, int], ...] = field(init=False)
     packed: bytes = field(init=False, repr=False)
     packed_peek: bytes = field(init=False, repr=False)
+    parts: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tags = tuple(int.from_bytes(quota.tag, "little") for quota in self.quotas)
-        object.__setattr__(self, "tags", tags)
-        object.__setattr__(self, "packed", self._pack(1))
-        object.__setattr__(self, "packed_peek", self._pack(0))
+        # What equal quotas have in common is there once: a policy of thousands of cells, most of
+        # them defaults, must fit the processor's caches.
+        shared = _shared(self.quotas)
+        for name in ("quotas", "tags", "steps", "packed", "packed_peek", "parts"):
+            object.__setattr__(self, name, getattr(shared, name))
 
     def key(self, account: Account, shard: int = 0) -> str:
         """Return the key of the account's buckets on a shard.
@@ -71,24 +78,7 @@ class Shelf:
         """Return what a take of `cost` charges, as the store's script reads it."""
         if cost == 1:
             return self.packed
-        return self.packed_peek if cost == 0 else self._pack(cost)
-
-    def _pack(self, cost: int) -> bytes:
-        """Return per quota: the tag, then increment, window and clamp as little-endian doubles.
-
-        All are whole microseconds below 2**53, which a double holds exactly.
-        """
-        packed = b"".join(
-            pack(
-                "<4sddd",
-                quota.tag,
-                float(cost * quota.interval_us),
-                float(quota.window_us),
-                float(quota.clamp_us),
-            )
-            for quota in self.quotas
-        )
-        return b"$%d\r\n%b\r\n" % (len(packed), packed)
+        return self.packed_peek if cost == 0 else _packed(self.quotas, cost)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +91,7 @@ class Entry:
         shelves: The quotas, by the subject that is charged.
         quotas: The quotas in the order of the shelves, which is the order of a reply's debts.
         most: The largest cost that can ever fit, None where there are no quotas.
+        policy_field: What `RateLimit-Policy` says of the quotas.
     """
 
     cell: Cell
@@ -108,34 +99,40 @@ class Entry:
     shelves: tuple[Shelf, ...]
     quotas: tuple[Quota, ...]
     most: int | None
+    policy_field: bytes
 
 
 class Table:
     """Answer the three questions of a request: which feature, which tier, which cell.
 
     Built once per policy and namespace; never changed.
+
+    Attributes:
+        match: Returns the feature that a request is metered as, and its cost, as `Matcher.match`.
+        asks_age: Whether the tier of an account may depend on when it was made.
+        shards: Over how many hash tags keys are spread.
     """
 
     __slots__ = (
-        "_by_plan",
         "_entries",
-        "_last",
-        "_matcher",
         "_pers",
-        "_planless",
-        "_shards",
+        "_ranking",
+        "_rows",
         "asks_age",
+        "match",
         "policy",
+        "shards",
     )
 
     def __init__(self, policy: Policy, namespace: str, shards: int = 1) -> None:
         self.policy = policy
-        self._shards = shards
-        self._matcher: Matcher[tuple[str, int]] = Matcher(
+        self.shards = shards
+        matcher: Matcher[tuple[str, int]] = Matcher(
             (route, (feature.name, cost))
             for feature in policy.features.values()
             for route, cost in feature.routes
         )
+        self.match = matcher.match
         self._entries: dict[str, dict[str, Entry]] = {
             tier.name: {
                 name: _entry(
@@ -152,31 +149,18 @@ class Table:
             for quota in cell.quotas
             if quota.per is not None
         }
-        whens = [(tier.name, tier.when) for tier in policy.tiers if tier.when is not None]
-        plans = {plan for _, when in whens for plan in when.plan or ()}
-        self._last = policy.tiers[-1].name
-        self._by_plan = {plan: _rows_for(plan, whens) for plan in plans}
-        self._planless = _rows_for(None, whens)
-        self.asks_age = any(when.asks_age for _, when in whens)
-
-    def match(
-        self, method: str, path: str, *, outside_root: bool = False
-    ) -> tuple[str, int] | None:
-        """Return the feature that a request is metered as, and its cost; None if it is not."""
-        return self._matcher.match(method, path, outside_root=outside_root)
+        self._rows = [self._entries[tier.name] for tier in policy.tiers]
+        whens = [tier.when for tier in policy.tiers]
+        self._ranking = Ranking(whens)
+        self.asks_age = any(when.asks_age for when in whens if when is not None)
 
     def tier_of(self, account: Account, now: int) -> str:
         """Return the first tier whose `when` the account meets at the instant `now`."""
-        plan = account.plan
-        rows = self._planless if plan is None else self._by_plan.get(plan, self._planless)
-        for name, when in rows:
-            if when.failing_word(account, now) is None:
-                return name
-        return self._last
+        return self.policy.tiers[self._ranking.first(account, now)].name
 
     def find(self, account: Account, feature: str, now: int) -> Entry | None:
         """Return the cell of an account and a feature, None if there is no such feature."""
-        return self._entries[self.tier_of(account, now)].get(feature)
+        return self._rows[self._ranking.first(account, now)].get(feature)
 
     def shard_of(self, account: Account) -> int:
         """Return the shard that holds all buckets an account is charged to.
@@ -184,14 +168,14 @@ class Table:
         It follows the outermost subject around the account that any quota charges, so that what
         accounts share is in one place; subjects are named from the inside out.
         """
-        if self._shards == 1:
+        if self.shards == 1:
             return 0
         outermost = next((per for per in reversed([*account.within]) if per in self._pers), None)
         if outermost is None:
             name = f"{ADDRESS if account.anonymous else ''}:{account.id}"
         else:
             name = f"{outermost}:{account.within[outermost]}"
-        return crc32(name.encode("utf-8", "surrogatepass")) % self._shards
+        return crc32(name.encode("utf-8", "surrogatepass")) % self.shards
 
     def entry(self, tier: str, feature: str) -> Entry:
         """Return the cell of a tier and a feature; a name that is not there is a KeyError."""
@@ -210,11 +194,50 @@ def _entry(cell: Cell, feature: Feature, namespace: str, catch_all: bool) -> Ent
         Shelf(tuple(quotas), per, key_prefix(namespace, 0, cell.feature, cell.tier, per), catch_all)
         for per, quotas in kinds.items()
     )
-    shelved = tuple(quota for shelf in shelves for quota in shelf.quotas)
-    most = min((quota.capacity for quota in shelved), default=None)
-    return Entry(cell, feature, shelves, shelved, most)
+    shared = _shared(tuple(quota for shelf in shelves for quota in shelf.quotas))
+    most = min((quota.capacity for quota in shared.quotas), default=None)
+    return Entry(cell, feature, shelves, shared.quotas, most, shared.policy_field)
 
 
-def _rows_for(plan: str | None, whens: list[tuple[str, When]]) -> tuple[tuple[str, When], ...]:
-    """Return the tiers with a `when` that an account of this plan could meet, in order."""
-    return tuple((name, when) for name, when in whens if when.plan is None or plan in when.plan)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shared:
+    """Hold what follows from quotas alone; see `Shelf` and `Entry`."""
+
+    quotas: tuple[Quota, ...]
+    tags: tuple[int, ...]
+    steps: tuple[tuple[int, int, int], ...]
+    packed: bytes
+    packed_peek: bytes
+    parts: int
+    policy_field: bytes
+
+
+@lru_cache(maxsize=16_384)
+def _shared(quotas: tuple[Quota, ...]) -> _Shared:
+    return _Shared(
+        quotas,
+        tuple(int.from_bytes(quota.tag, "little") for quota in quotas),
+        tuple((quota.interval_us, quota.window_us, quota.clamp_us) for quota in quotas),
+        _packed(quotas, 1),
+        _packed(quotas, 0),
+        1 + len(quotas),
+        policy_field(quotas),
+    )
+
+
+def _packed(quotas: tuple[Quota, ...], cost: int) -> bytes:
+    """Return per quota: the tag, then increment, window and clamp as little-endian doubles.
+
+    All are whole microseconds below 2**53, which a double holds exactly.
+    """
+    packed = b"".join(
+        pack(
+            "<4sddd",
+            quota.tag,
+            float(cost * quota.interval_us),
+            float(quota.window_us),
+            float(quota.clamp_us),
+        )
+        for quota in quotas
+    )
+    return b"$%d\r\n%b\r\n" % (len(packed), packed)

@@ -14,13 +14,14 @@ from hashlib import sha1
 from struct import pack
 from typing import Any
 
-from redis.exceptions import NoScriptError
-
 from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.errors import BackendError
 
 MAX_DECISIONS = 128
 """The most decisions in one call."""
+MIN_SHARE = 16
+"""Decisions for which a call of their own is worth its cost."""
 MAX_KEYS = 384
 """The most keys in one call; a call must not hold Redis for more than about two milliseconds.
 A decision that has more by itself is a call of its own."""
@@ -56,7 +57,7 @@ class Script:
 class Waiting:
     """Hold a decision that somebody waits for, ready to be sent."""
 
-    __slots__ = ("charges", "future", "keys", "numbers", "parts", "redirected")
+    __slots__ = ("charges", "future", "keys", "names", "numbers", "parts", "redirected")
 
     def __init__(self, future: asyncio.Future[Reply], charges: Sequence[Charge]) -> None:
         self.future = future
@@ -64,13 +65,15 @@ class Waiting:
         if len(charges) == 1:
             key, shelf, cost = charges[0]
             name = key.encode()
-            self.keys = [b"$%d\r\n%b\r\n" % (len(name), name)]
-            self.numbers = [shelf.packed_for(cost)]
-            self.parts = 1 + len(shelf.quotas)
+            self.names = b"$%d\r\n%b\r\n" % (len(name), name)
+            self.numbers = shelf.packed if cost == 1 else shelf.packed_for(cost)
+            self.keys = 1
+            self.parts = shelf.parts
         else:
-            self.keys = [bulk(key.encode()) for key, _, _ in charges]
-            self.numbers = [shelf.packed_for(cost) for _, shelf, cost in charges]
-            self.parts = 1 + sum([len(shelf.quotas) for _, shelf, _ in charges])
+            self.names = b"".join([bulk(key.encode()) for key, _, _ in charges])
+            self.numbers = b"".join([shelf.packed_for(cost) for _, shelf, cost in charges])
+            self.keys = len(charges)
+            self.parts = 1 + sum([shelf.parts - 1 for _, shelf, _ in charges])
         """How many numbers of a reply are its own."""
         self.redirected = 0
         """How often in a row a node of a cluster has sent it to another."""
@@ -83,7 +86,7 @@ class Call:
     of a cluster is asked about a slot that is on its way to it, which takes a reply of its own.
     """
 
-    __slots__ = ("again", "asking", "command", "decisions")
+    __slots__ = ("again", "asking", "command", "decisions", "unheard")
 
     def __init__(
         self, command: bytes, decisions: list[Waiting], *, again: bool, asking: bool
@@ -92,6 +95,8 @@ class Call:
         self.decisions = decisions
         self.again = again
         self.asking = asking
+        self.unheard = 2 if asking else 1
+        """How many replies are still to come."""
 
 
 class Calls:
@@ -162,41 +167,46 @@ class Calls:
             self._wake_at(deadline)
         return future
 
-    def next_call(self) -> Call | None:
-        """Return the next call to send, None if nobody waits."""
+    def next_call(self, slots: int = 1) -> Call | None:
+        """Return the next call to send, None if nobody waits.
+
+        Of `slots` calls that may be sent now it carries a share: while Redis decides one, this
+        process works on the reply to another.
+        """
         call = self._call_again()
-        if call is None and (decisions := gather(self._queue)):
+        share = max(MIN_SHARE, -(-len(self._queue) // slots))
+        if call is None and (decisions := gather(self._queue, share)):
             call = self._call(decisions, again=False)
         return call
 
-    def answer(self, call: Call, reply: Any) -> str | None:
+    def answer(self, call: Call, reply: Answer) -> str | None:
         """Give each decision its part of the reply; say what is wrong with it, None if nothing."""
-        if isinstance(reply, NoScriptError) and not call.again:
-            # The one refusal that proves that nothing ran. EVAL also loads the script.
-            self._again.append(call.decisions)
+        if isinstance(reply, Refusal):
+            if reply.code == "NOSCRIPT" and not call.again:
+                # The one refusal that proves that nothing ran. EVAL also loads the script.
+                self._again.append(call.decisions)
+            else:
+                self.fail(call, f"Redis refused: {reply.text}", BackendError(reply.text))
             return None
-        if isinstance(reply, Exception):
-            self.fail(call, f"Redis refused: {reply}", reply)
-            return None
-        parts = 1 + sum([one.parts for one in call.decisions])
-        if type(reply) is not list or [type(part) for part in reply] != [int] * parts:
+        decisions = call.decisions
+        if type(reply) is not list or len(reply) != 1 + sum([one.parts for one in decisions]):
             self.fail(call, f"Redis answered what is no decision: {reply!r:.80}")
             return "a reply of another kind than was asked for"
         now = reply[0]
         self._learn_clock(now)
-        at = 1
-        for one in call.decisions:
+        end = 1
+        for one in decisions:
+            at, end = end, end + one.parts
             future = one.future
-            said = reply[at]
             if future.done():
-                pass
-            elif said < 0:
+                continue
+            said = reply[at]
+            if said >= 0:
+                future.set_result(Reply(said == 1, now, reply[at + 1 : end]))
+            else:
                 broken = [charge.key for charge in one.charges[-said - 1 : -said]]
                 error = BackendError(f"Redis holds what is no bucket under {', '.join(broken)}")
                 future.set_exception(error)
-            else:
-                future.set_result(Reply(said == 1, now, reply[at + 1 : at + one.parts]))
-            at += one.parts
         return None
 
     def fail(self, call: Call, why: str, cause: BaseException | None = None) -> None:
@@ -219,19 +229,19 @@ class Calls:
         return None
 
     def _call(self, decisions: list[Waiting], *, again: bool, asking: bool = False) -> Call:
-        keys = [key for one in decisions for key in one.keys]
-        layout = [len(one.keys) for one in decisions]
+        layout = [one.keys for one in decisions]
+        keys = sum(layout)
         now = b"" if self._clock is None else b"%d" % self._clock()
         command = b"".join(
             [
                 _ASKING if asking else b"",
-                b"*%d\r\n" % (5 + 2 * len(keys)),
+                b"*%d\r\n" % (5 + 2 * keys),
                 self._script.eval if again else self._script.evalsha,
-                bulk(b"%d" % len(keys)),
-                *keys,
+                bulk(b"%d" % keys),
+                *[one.names for one in decisions],
                 bulk(now),
                 bulk(pack(f"<{len(layout)}H", *layout)),
-                *[numbers for one in decisions for numbers in one.numbers],
+                *[one.numbers for one in decisions],
             ]
         )
         return Call(command, decisions, again=again, asking=asking)
@@ -275,14 +285,15 @@ class Calls:
         self._expired()
 
 
-def gather(queue: deque[Waiting]) -> list[Waiting]:
-    """Take from a queue what one call may carry."""
+def gather(queue: deque[Waiting], share: int = MAX_DECISIONS) -> list[Waiting]:
+    """Take from a queue what one call may carry, a share at most."""
     decisions: list[Waiting] = []
     keys = 0
-    while queue and len(decisions) < MAX_DECISIONS:
+    most = min(share, MAX_DECISIONS)
+    while queue and len(decisions) < most:
         waiting = queue[0]
         if not waiting.future.done():
-            keys += len(waiting.keys)
+            keys += waiting.keys
             if decisions and keys > MAX_KEYS:
                 break
             decisions.append(waiting)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.crc import key_slot
-from redis.exceptions import AskError, MovedError
 
 from tieredlimit.backends.backend import Charge, Reply
 from tieredlimit.backends.calls import MAX_WAITING, Call, Waiting, fail_all
 from tieredlimit.backends.link import Link
 from tieredlimit.backends.nodecalls import Address, NodeCalls, tag_of
+from tieredlimit.backends.replies import Refusal
 from tieredlimit.backends.server import CONNECT_TIMEOUT, STALL_TIMEOUT, greet
 from tieredlimit.errors import BackendError, UsageError
 
@@ -94,19 +94,26 @@ class Fleet:
         member.link.offer()
         return future
 
-    def redirect(self, call: Call, where: AskError, source: Address) -> None:
-        """Send a call's decisions to the node that a MOVED or an ASK names."""
+    def redirect(self, call: Call, where: Refusal, source: Address) -> str | None:
+        """Send a call's decisions to the node that a MOVED or an ASK names.
+
+        Say what is wrong with it, None if nothing.
+        """
         for one in call.decisions:
             one.redirected += 1
         if self._closed:
-            fail_all(call.decisions, CLOSED, where)
-            return
-        address = (where.host if where.host not in _NO_HOST else source[0], where.port)
+            fail_all(call.decisions, CLOSED, None)
+            return None
+        try:
+            code, slot, address = _read_redirection(where.text, source[0])
+        except ValueError:
+            fail_all(call.decisions, f"Redis refused: {where.text}", None)
+            return "a redirection to nowhere"
         circling = [one for one in call.decisions if one.redirected > MAX_REDIRECTIONS]
-        fail_all(circling, f"more than {MAX_REDIRECTIONS} nodes sent a decision on", where)
+        fail_all(circling, f"more than {MAX_REDIRECTIONS} nodes sent a decision on", None)
         member = self._member(address)
-        if isinstance(where, MovedError):
-            self._owners[where.slot_id] = self._best_informed = address
+        if code == "MOVED":
+            self._owners[slot] = self._best_informed = address
             self.refresh_soon()
             member.calls.take_over(call.decisions)
         else:
@@ -114,6 +121,7 @@ class Fleet:
             for one in call.decisions:
                 member.calls.take_over([one], asking=True)
         member.link.pump()
+        return None
 
     def try_again(self, call: Call) -> None:
         """Send decisions again whose keys were between two nodes: each alone, a little later."""
@@ -300,3 +308,16 @@ class Member:
     def busy(self) -> bool:
         """Whether anybody waits for it."""
         return self.calls.waiting or self.link.busy
+
+
+def _read_redirection(text: str, own_host: str) -> tuple[str, int, Address]:
+    """Return the code, the slot and the node of `MOVED 3999 127.0.0.1:6381` and the like.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    code, slot, address = text.split()
+    host, _, port = address.rpartition(":")
+    if not 0 <= int(slot) < _SLOTS or not 0 < int(port) < 65_536:
+        raise ValueError(text)
+    return code, int(slot), (own_host if host in _NO_HOST else host, int(port))

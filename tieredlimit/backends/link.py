@@ -3,6 +3,9 @@
 Redis answers a connection's commands in the order in which it received them. Nothing is ever sent
 twice: a call whose connection breaks may have run, and fails. What was not sent yet waits for the
 next connection.
+
+redis-py makes a connection, with its TLS, user and database. Then its stream is taken over: between
+a readable socket and the decisions that wait there is one callback, and no task.
 """
 
 from __future__ import annotations
@@ -10,31 +13,72 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 
 from tieredlimit.backends.calls import Call, Calls
+from tieredlimit.backends.replies import Answer, Refusal, read_replies
 from tieredlimit.errors import BackendError
 
 _CLOSED = "the connection to Redis was closed"
 
 
 def connection_of(pool: ConnectionPool, **where: Any) -> Any:
-    """Return a new connection of the pool's kind, outside the pool, that `Link` can drive.
+    """Return a new connection of the pool's kind, outside the pool, that `Link` can take over.
 
     `where` are settings that differ from the pool's.
     """
 
     class Connection(pool.connection_class):  # type: ignore[misc, name-defined]  # known when run
-        @property
-        def transport(self) -> asyncio.WriteTransport:
-            """What to write to, and to abort."""
-            return self._writer.transport  # type: ignore[no-any-return]  # redis-py's is untyped
+        def hand_over(self) -> asyncio.StreamWriter:
+            """Give up the stream, which is somebody else's to close from now on."""
+            stream: Any = getattr(self, "_writer")  # noqa: B009 -- redis-py's has no known type
+            self._reader = self._writer = None
+            return cast(asyncio.StreamWriter, stream)
 
     return Connection(**{**pool.connection_kwargs, **where})
+
+
+class Line(asyncio.Protocol):
+    """Hold the stream of a connection that was made, and read what comes over it.
+
+    Args:
+        stream: As redis-py made it; nothing is to be read from it any more.
+        heard: Is given the replies that came, in their order.
+        lost: Is told why the connection is of no use any more, once or more often.
+    """
+
+    def __init__(
+        self,
+        stream: asyncio.StreamWriter,
+        heard: Callable[[Line, list[Answer]], None],
+        lost: Callable[[Line, BaseException], None],
+    ) -> None:
+        # Kept: a writer that is forgotten closes its transport.
+        self._stream = stream
+        self._heard = heard
+        self._lost = lost
+        self._unread = b""
+        self.transport = stream.transport
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.transport.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Read the replies that are whole."""
+        try:
+            replies, self._unread = read_replies(self._unread + data if self._unread else data)
+        except ValueError as exc:
+            self._lost(self, exc)
+        else:
+            self._heard(self, replies)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say so."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._lost(self, exc or RedisConnectionError("closed by the server"))
 
 
 class Link:
@@ -65,9 +109,8 @@ class Link:
         self._in_flight = in_flight
         self._connect_timeout = connect_timeout
         self._stall_timeout = stall_timeout
-        self._connection: Any = None
-        self._transport: asyncio.WriteTransport | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._line: Line | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._soon: asyncio.Handle | None = None
         self._sent: deque[tuple[Call, float]] = deque()
@@ -78,7 +121,7 @@ class Link:
         Raises:
             BackendError: The server could not be reached.
         """
-        if self._connection is not None:
+        if self._line is not None:
             return
         opening = self._opening = self._opening or self._start_opening()
         await asyncio.wait([opening])
@@ -96,7 +139,7 @@ class Link:
     @property
     def connected(self) -> bool:
         """Whether there is a connection, as far as is known."""
-        return self._connection is not None
+        return self._line is not None
 
     @property
     def busy(self) -> bool:
@@ -105,16 +148,17 @@ class Link:
 
     def pump(self) -> None:
         """Send what waits, as far as there may be more in flight; connect first where needed."""
-        transport, sent = self._transport, self._sent
-        if transport is None:
+        line, sent = self._line, self._sent
+        if line is None:
             self._opening = self._opening or self._start_opening()
             return
+        transport = line.transport
         if transport.is_closing():
-            # The reader has yet to hear of it. What waits was not sent: it gets another connection.
+            # We have yet to hear of it. What waits was not sent: it gets another connection.
             self.drop("closed by the server")
             return
         while len(sent) < self._in_flight:
-            call = self._calls.next_call()
+            call = self._calls.next_call(self._in_flight - len(sent))
             if call is None:
                 return
             sent.append((call, asyncio.get_running_loop().time()))
@@ -130,23 +174,19 @@ class Link:
 
     def drop(self, why: str) -> None:
         """Give the connection up: what was sent fails, what waits is sent over a new one."""
-        if self._connection is not None:
-            self._drop(self._connection, RedisConnectionError(why))
+        if self._line is not None:
+            self._drop(self._line, RedisConnectionError(why))
 
     async def close(self) -> None:
         """Close the connection for good; what was sent and what waits fails."""
         # First of all, so that nothing is left for which another connection would be made.
         self._calls.fail_waiting(_CLOSED)
-        ending = [task for task in (self._opening, self._reader) if task is not None]
+        ending = [task for task in (self._opening, self._keeper) if task is not None]
         if self._opening is not None:
             self._opening.cancel()
-        connection = self._connection
         self.drop("closed")
         if ending:
             await asyncio.wait(ending)
-        if connection is not None:
-            # A reader that was cancelled before its first step has not done it.
-            await connection.disconnect(nowait=True)
 
     def _pump_soon(self) -> None:
         self._soon = None
@@ -162,12 +202,10 @@ class Link:
         connection = None
         try:
             connection = self._make_connection()
-            # Reads wait for calls, for as long as it takes: `check_pulse` is what bounds a reply.
-            connection.socket_timeout = None
             async with asyncio.timeout(self._connect_timeout):
                 await connection.connect()
                 await self._greet(connection)
-            transport = connection.transport
+            line = Line(connection.hand_over(), self._heard, self._drop)
         except BaseException as exc:
             if connection is not None:
                 await connection.disconnect(nowait=True)
@@ -175,9 +213,8 @@ class Link:
                 why = str(exc) or type(exc).__name__
                 raise BackendError(f"cannot connect to Redis: {why}") from exc
             raise
-        self._connection = connection
-        self._transport = transport
-        self._reader = asyncio.get_running_loop().create_task(self._read(connection))
+        self._line = line
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(line))
 
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening = None
@@ -189,56 +226,51 @@ class Link:
             # Even if the connection broke already: then this makes another one.
             self.pump()
 
-    async def _read(self, connection: Any) -> None:
-        asked = False
+    async def _keep(self, line: Line) -> None:
+        """Wait until a connection is closed, and close it where the event loop ends before."""
         try:
-            while True:
-                try:
-                    reply = await connection.read_response(disable_decoding=True)
-                except ResponseError as exc:
-                    reply = exc
-                call, _ = self._sent[0]
-                if call.asking and not asked:
-                    asked = True  # this was the reply to that; the call's own is next
-                    continue
-                asked = False
-                self._sent.popleft()
-                wrong = self._calls.answer(call, reply)
-                # Redis 6 wraps the refusal in the script's error.
-                if isinstance(reply, ResponseError) and "read only replica" in str(reply):
-                    # This was the primary once: the next call asks for the way again.
-                    wrong = "the server became a replica"
-                if wrong is not None:
-                    self.drop(wrong)
-                    return
-                if self._soon is None:
-                    # Whom the reply wakes up comes back within this turn of the loop, as a rule:
-                    # sent after it, they share a call.
-                    self._soon = asyncio.get_running_loop().call_soon(self._pump_soon)
+            await asyncio.shield(line.closed)
         except asyncio.CancelledError as exc:
-            if connection is self._connection:
-                # Not by `_drop`: the event loop ends, and no task may be started any more.
+            if line is self._line:
+                # Before `_drop`: no connection may be made any more.
                 self._calls.fail_waiting(_CLOSED)
-                self._drop(connection, exc)
+                self._drop(line, exc)
             raise
-        except Exception as exc:  # noqa: BLE001 -- redis-py's parsers raise all sorts for garbage
-            # Also for a reply that nobody asked for: the order is lost, so is the connection.
-            self._drop(connection, exc)
-        finally:
-            await connection.disconnect(nowait=True)
 
-    def _drop(self, connection: Any, cause: BaseException) -> None:
-        if self._connection is not connection or self._transport is None:
-            return
+    def _heard(self, line: Line, replies: list[Answer]) -> None:
+        for reply in replies:
+            if line is not self._line:
+                return  # what came before was a reason to drop it
+            if not self._sent:
+                self._drop(line, RedisConnectionError("a reply that nobody asked for"))
+                return
+            call = self._sent[0][0]
+            call.unheard -= 1
+            if call.unheard:
+                continue  # this was the reply to ASKING; the call's own is next
+            self._sent.popleft()
+            wrong = self._calls.answer(call, reply)
+            # Redis 6 wraps the refusal in the script's error.
+            if isinstance(reply, Refusal) and "read only replica" in reply.text:
+                # This was the primary once: the next call asks for the way again.
+                wrong = "the server became a replica"
+            if wrong is not None:
+                self.drop(wrong)
+                return
+        if self._soon is None:
+            # Whom the reply wakes up comes back within the next turn of the loop, as a rule: sent
+            # after it, they share a call.
+            self._soon = asyncio.get_running_loop().call_soon(self._pump_soon)
+
+    def _drop(self, line: Line, cause: BaseException) -> None:
         # Not closed: that would wait, for ever perhaps, until Redis has read what is unsent.
-        self._transport.abort()
-        self._connection = self._transport = None
+        line.transport.abort()
+        if self._line is not line:
+            return
+        self._line = None
         sent, self._sent = self._sent, deque()
         why = str(cause) or type(cause).__name__
         for call, _ in sent:
             self._calls.fail(call, f"the connection to Redis broke: {why}", cause)
-        if self._reader is not None and self._reader is not asyncio.current_task():
-            self._reader.cancel()
-        self._reader = None
         if self._calls.waiting:
             self.pump()

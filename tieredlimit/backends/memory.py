@@ -6,17 +6,19 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Any
 from weakref import WeakSet
 
 from tieredlimit._core.bucket import debit
 from tieredlimit._core.table import Shelf
 from tieredlimit.backends.backend import Charge, Reply
-from tieredlimit.backends.rooms import TAG_MASK, Room, fold
+from tieredlimit.backends.rooms import Room, charge_held, charge_new
 from tieredlimit.errors import UsageError
 
 MAX_KEYS = 1_000_000
 MAX_CATCH_ALL_KEYS = 100_000
+
+# What a named tuple's own constructor does, at half its cost.
+new_tuple = tuple.__new__
 
 _living: WeakSet[MemoryBackend] = WeakSet()
 _held_by_fork: list[Lock] = []
@@ -72,6 +74,10 @@ class MemoryBackend:
         """Do nothing: buckets outlive event loops."""
 
     async def take(self, charges: Sequence[Charge]) -> Reply:
+        """Charge every bucket, or none of them; as `take_now`."""
+        return self.take_now(charges)
+
+    def take_now(self, charges: Sequence[Charge]) -> Reply:
         """Charge every bucket, or none of them.
 
         Raises:
@@ -80,46 +86,21 @@ class MemoryBackend:
         with self._lock:
             now = self.now()
             if len(charges) == 1:
-                reply = self._take_one(charges[0], now)
-                if reply is not None:
-                    return reply
+                key, shelf, cost = charges[0]
+                room, other = self._accounts, self._strangers
+                if shelf.catch_all:
+                    room, other = other, room
+                held = room.held.get(key)
+                debts = None
+                if held is not None and cost:
+                    debts = charge_held(room, key, held, shelf, cost, now)
+                elif cost and key not in other.held:
+                    if other.due <= now:
+                        other.sweep(now)
+                    debts = charge_new(room, key, shelf, cost, now)
+                if debts is not None:
+                    return new_tuple(Reply, (True, now, debts))
             return self._take(charges, now)
-
-    def _take_one(self, charge: Charge, now: int) -> Reply | None:
-        """Allow what almost every take is: one key, held with just the buckets that it charges.
-
-        None where it is not so, or where it is denied: nothing was done, `_take` decides.
-        """
-        key, shelf, cost = charge
-        room = self._strangers if shelf.catch_all else self._accounts
-        held: Any = room.held.get(key)
-        if held is None or not cost:
-            return None
-        tags = shelf.tags
-        if type(held) is int:
-            if held & TAG_MASK != tags[0] or len(tags) != 1:
-                return None
-            stored = (held >> 32,)
-        elif held[0] == tags:
-            stored = held[1:]
-        else:
-            return None
-        instants, debts = [], []
-        for at, quota in zip(stored, shelf.quotas):  # noqa: B905 -- as many as tags; strict costs
-            if at < now:
-                at = now
-            elif at - now > quota.clamp_us:
-                return None
-            at += cost * quota.interval_us
-            debt = at - now
-            if debt > quota.window_us:
-                return None
-            instants.append(at)
-            debts.append(debt)
-        room.held[key] = fold(tags, instants)
-        if room.due <= now:
-            room.sweep(now)
-        return Reply(True, now, debts)
 
     def _take(self, charges: Sequence[Charge], now: int) -> Reply:
         read: dict[str, tuple[Room, Shelf, list[int], bool]] = {}

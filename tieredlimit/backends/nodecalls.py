@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from redis.exceptions import AskError, NoScriptError, TryAgainError
+from typing import TYPE_CHECKING
 
 from tieredlimit.backends.backend import Charge, Reply
 from tieredlimit.backends.calls import MAX_WAITING, Call, Calls, Waiting, fail_all, gather
+from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.backends.server import TAKE
 from tieredlimit.errors import BackendError
 
@@ -62,7 +61,7 @@ class NodeCalls(Calls):
         """Whether there is something to send."""
         return bool(self._redirected or self._by_tag) or super().waiting
 
-    def next_call(self) -> Call | None:
+    def next_call(self, slots: int = 1) -> Call | None:  # noqa: ARG002 -- tags share, not slots
         """Return the next call to send, None if nobody waits; the tags take turns."""
         while self._redirected:
             waiting, asking, again = self._redirected.popleft()
@@ -90,14 +89,15 @@ class NodeCalls(Calls):
                 return self._call(decisions, again=False)
         return None
 
-    def answer(self, call: Call, reply: Any) -> str | None:
+    def answer(self, call: Call, reply: Answer) -> str | None:
         """Give each decision its part of the reply, or send it where the node says."""
+        code = reply.code if isinstance(reply, Refusal) else ""
         # All of these prove that nothing ran.
-        if isinstance(reply, AskError):
-            self._fleet.redirect(call, reply, self._address)
-        elif isinstance(reply, TryAgainError):
+        if isinstance(reply, Refusal) and code in ("MOVED", "ASK"):
+            return self._fleet.redirect(call, reply, self._address)
+        if code == "TRYAGAIN":
             self._fleet.try_again(call)
-        elif isinstance(reply, NoScriptError) and call.asking and not call.again:
+        elif code == "NOSCRIPT" and call.asking and not call.again:
             self.take_over(call.decisions, asking=True, again=True)
         else:
             return super().answer(call, reply)

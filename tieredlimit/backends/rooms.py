@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from typing import Any
 
 from tieredlimit._core.bucket import settle_instant
 from tieredlimit._core.table import Shelf
 from tieredlimit.errors import BackendError
 
-Held = int | tuple[object, ...]
+Held = int | tuple[Any, ...]
 """A key's buckets: `full_at << 32 | tag` of a single one, else the tags and each `full_at`."""
 
 TAG_MASK = 2**32 - 1
@@ -33,7 +34,7 @@ def unfold(held: Held) -> tuple[tuple[int, ...], list[int]]:
     if isinstance(held, int):
         return (held & TAG_MASK,), [held >> 32]
     tags, *instants = held
-    return tags, instants  # type: ignore[return-value]  # as `fold` has made it
+    return tags, instants
 
 
 class Room:
@@ -93,6 +94,14 @@ class Room:
         if reschedule:
             self._schedule(key, max(kept))
 
+    def add(self, key: str, tags: tuple[int, ...], debts: list[int], now: int) -> bool:
+        """Keep a new key's debts; False where there might be no space."""
+        if len(self.held) >= self._maximum:
+            return False
+        self.held[key] = fold(tags, [now + debt for debt in debts])
+        self._schedule(key, now + max(debts))
+        return True
+
     def adopt(self, key: str, held: Held) -> None:
         """Take over a key from another room, even beyond the maximum: it is not full."""
         self.held[key] = held
@@ -139,3 +148,60 @@ class Room:
             self.due = (self._heap[0] + 1) << _SLOT_BITS
         else:
             keys.append(key)
+
+
+def charge_new(room: Room, key: str, shelf: Shelf, cost: int, now: int) -> list[int] | None:
+    """Charge full buckets, whose key is not held.
+
+    Return the debts; None where they do not fit, or where there might be no room, and then nothing
+    was done.
+    """
+    if room.due <= now:
+        room.sweep(now)
+    debts = [cost * step[0] for step in shelf.steps]
+    for debt, step in zip(debts, shelf.steps):  # noqa: B905 -- one made of the other
+        if debt > step[1]:
+            return None
+    return debts if room.add(key, shelf.tags, debts, now) else None
+
+
+def charge_held(
+    room: Room, key: str, held: Held, shelf: Shelf, cost: int, now: int
+) -> list[int] | None:
+    """Charge what almost every held key holds: the one or two buckets of its shelf.
+
+    Return the debts; None where it is not so, or where it does not fit, and then nothing was done.
+    """
+    if isinstance(held, int):
+        if len(shelf.tags) != 1 or held & TAG_MASK != shelf.tags[0]:
+            return None
+        full_at = held >> 32
+        ((interval, window, clamp),) = shelf.steps
+        debt = full_at - now if full_at > now else 0
+        if debt > clamp:
+            return None
+        debt += cost * interval
+        if debt > window:
+            return None
+        room.held[key] = now + debt << 32 | shelf.tags[0]
+        debts = [debt]
+    elif len(held) == 3:
+        tags, first_at, second_at = held
+        if tags is not shelf.tags and tags != shelf.tags:
+            return None
+        (interval, window, clamp), (interval2, window2, clamp2) = shelf.steps
+        first = first_at - now if first_at > now else 0
+        second = second_at - now if second_at > now else 0
+        if first > clamp or second > clamp2:
+            return None
+        first += cost * interval
+        second += cost * interval2
+        if first > window or second > window2:
+            return None
+        room.held[key] = (tags, now + first, now + second)
+        debts = [first, second]
+    else:
+        return None
+    if room.due <= now:
+        room.sweep(now)
+    return debts
