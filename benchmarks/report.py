@@ -24,6 +24,7 @@ from benchmarks.targets import ORDER, latest, targets_of
 QUICK = {
     "accounts": ["--accounts", "100000", "--rounds", "2", "--seconds", "0.1"],
     "call_length": ["--calls", "20", "--rounds", "2"],
+    "cluster": ["--rounds", "2", "--seconds", "0.1"],
     "decision": ["--rounds", "2", "--seconds", "0.1"],
     "denied": ["--rounds", "2", "--seconds", "0.1"],
     "end_to_end": ["--rounds", "1", "--seconds", "1"],

@@ -23,6 +23,7 @@ ORDER = (
     "policy_size",
     "denied",
     "call_length",
+    "cluster",
 )
 """The benchmarks, in the order in which they are run and shown."""
 

@@ -78,6 +78,7 @@ def test_decision_benchmark_says_what_it_was_measured_with(tmp_path: Path) -> No
 TINY = {
     "accounts": ["--accounts", "2000", "--seconds", "0.01", "--rounds", "1"],
     "call_length": ["--calls", "2", "--rounds", "1"],
+    "cluster": ["--seconds", "0.01", "--rounds", "1"],
     "denied": ["--seconds", "0.01", "--rounds", "1"],
     "memory": ["--accounts", "300"],
     "middleware": ["--seconds", "0.01", "--rounds", "1"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import json
 import re
 import threading
+import weakref
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -302,6 +304,53 @@ async def _raw(host: str, port: int, target: str) -> bytes:
 
 
 @pytest.mark.fault("E2")
+class Witness:
+    """Be seen alive, or not."""
+
+
+class TestAfterTheRequest:
+    @pytest.mark.parametrize("path", ["/images", "/health"])
+    async def test_nothing_of_a_request_waits_for_the_garbage_collector(self, path: str) -> None:
+        app = behind(limiter_of(), JSONResponse({}), identify=lambda _: ANN)
+        witness = Witness()
+        seen = weakref.ref(witness)
+        gc.disable()
+
+        try:
+            await run(app, path=path, witness=witness)
+            del witness
+            alive = seen() is not None
+        finally:
+            gc.enable()
+
+        assert not alive
+
+    @pytest.mark.parametrize("known", [True, False])
+    async def test_task_that_outlives_its_request_takes_for_its_account(self, known: bool) -> None:
+        limiter = limiter_of(video=([], "5/hour"))
+        taken: list[asyncio.Task[Decision]] = []
+        over = asyncio.Event()
+
+        async def late(limits: RequestLimits) -> Decision:
+            await over.wait()
+            return await limits.take("video")
+
+        async def start(request: Request) -> PlainTextResponse:
+            limits = request.state.tieredlimit
+            if known:
+                await limits.take("image")
+            taken.append(asyncio.create_task(late(limits)))
+            return PlainTextResponse("started")
+
+        app = starlette(limiter, Route("/start", start))
+        async with client_of(app) as client:
+            await client.get("/start", headers={"x-key": "ann"})
+        over.set()
+
+        assert (await taken[0]).remaining == 4
+        assert (await limiter.peek(Account("ann"), "video")).remaining == 4
+
+
 class TestStreams:
     async def test_a_stream_starts_once_and_keeps_its_bytes(self) -> None:
         chunks = [b"one", b"\x00" * 5000, b"", b"three"]

@@ -89,7 +89,21 @@ class TieredLimitMiddleware:
                 await self.app(scope, receive, send)
             return
 
+        limits = scope.get(STATE_KEY)
+        if isinstance(limits, RequestLimits) and limits.limiter is self.limiter:
+            # Another door of the same limiter has let it in: what it took counts here, too.
+            await self._pass(limits, scope, receive, send)
+            return
         limits = self._limits(scope)
+        try:
+            await self._pass(limits, scope, receive, send)
+        finally:
+            limits.end()
+
+    async def _pass(
+        self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Charge a request, then pass it on with its limits, or answer it."""
         metered = self._metered(scope)
         if metered is not None:
             answer = await self._charge(limits, scope, *metered)
@@ -123,12 +137,9 @@ class TieredLimitMiddleware:
             await answer(scope, receive, send)
 
     def _limits(self, scope: Scope) -> RequestLimits:
-        """Return what the request takes with; another door of the same limiter shares it."""
+        """Return what a request takes with, where its handlers find it."""
         # The scope is the request's own. Its state need not be: Hypercorn shares one among all
         # requests of a connection, and what an earlier one has taken must not pay for this one.
-        limits = scope.get(STATE_KEY)
-        if isinstance(limits, RequestLimits) and limits.limiter is self.limiter:
-            return limits
         limits = RequestLimits(self.limiter, scope, self._identify, self._anonymous)
         state: dict[str, Any] | None = scope.get("state")
         if state is None:

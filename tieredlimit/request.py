@@ -62,10 +62,17 @@ class RequestLimits:
         self._asking: asyncio.Lock | None = None
         self._pending: dict[str, asyncio.Task[Decision]] | None = None
 
-    @property
-    def connection(self) -> HTTPConnection:
-        """The request, as `identify` sees it."""
-        return HTTPConnection(self._scope)
+    def end(self) -> None:
+        """Let go of the request, which is over; what a task of its handler still takes counts.
+
+        A scope and we refer to each other: left so, each request would wait for the garbage
+        collector, which under load stops the whole process for tens of milliseconds.
+        """
+        if self._account is not None:
+            self._scope = {}
+        else:
+            state = {key: value for key, value in self._scope["state"].items() if value is not self}
+            self._scope = {**self._scope, STATE_KEY: None, "state": state}
 
     async def account(self) -> Account:
         """Return who this request is charged to, asking `identify` at most once.

@@ -86,7 +86,7 @@ class Call:
     of a cluster is asked about a slot that is on its way to it, which takes a reply of its own.
     """
 
-    __slots__ = ("again", "asking", "command", "decisions", "unheard")
+    __slots__ = ("again", "asking", "command", "decisions", "lands", "unheard")
 
     def __init__(
         self, command: bytes, decisions: list[Waiting], *, again: bool, asking: bool
@@ -97,6 +97,8 @@ class Call:
         self.asking = asking
         self.unheard = 2 if asking else 1
         """How many replies are still to come."""
+        self.lands = False
+        """Whether it is the last of those that were written together."""
 
 
 class Calls:
@@ -166,6 +168,11 @@ class Calls:
         if self._timer is None:
             self._wake_at(deadline)
         return future
+
+    def next_flight(self, slots: int) -> list[Call]:
+        """Return the calls to write next, none if nobody waits; so many writes may follow."""
+        call = self.next_call(slots)
+        return [] if call is None else [call]
 
     def next_call(self, slots: int = 1) -> Call | None:
         """Return the next call to send, None if nobody waits.

@@ -88,7 +88,7 @@ class Link:
         connect: Returns a new connection object of `connection_of`, not yet connected.
         greet: Run on each new connection before any call.
         calls: What is to be sent.
-        in_flight: The most calls that may wait for their reply.
+        in_flight: How many writes may wait for their replies, each of one call or a few.
         connect_timeout: Seconds a connection may take to be made, however impatient callers are.
         stall_timeout: Seconds without a reply after which the connection is given up as dead.
     """
@@ -114,6 +114,7 @@ class Link:
         self._opening: asyncio.Task[None] | None = None
         self._soon: asyncio.Handle | None = None
         self._sent: deque[tuple[Call, float]] = deque()
+        self._flights = 0
 
     async def open(self) -> None:
         """Connect, if that has not been done; callers that give up leave the attempt running.
@@ -133,7 +134,7 @@ class Link:
 
     def offer(self) -> None:
         """Send what waits, unless the calls in flight are enough or more is about to come."""
-        if self._soon is None and len(self._sent) < self._in_flight:
+        if self._soon is None and self._flights < self._in_flight:
             self.pump()
 
     @property
@@ -157,13 +158,16 @@ class Link:
             # We have yet to hear of it. What waits was not sent: it gets another connection.
             self.drop("closed by the server")
             return
-        while len(sent) < self._in_flight:
-            call = self._calls.next_call(self._in_flight - len(sent))
-            if call is None:
+        while self._flights < self._in_flight:
+            flight = self._calls.next_flight(self._in_flight - self._flights)
+            if not flight:
                 return
-            sent.append((call, asyncio.get_running_loop().time()))
+            self._flights += 1
+            flight[-1].lands = True
+            now = asyncio.get_running_loop().time()
+            sent.extend([(call, now) for call in flight])
             # Not drained: the few calls in flight fit any buffer.
-            transport.write(call.command)
+            transport.write(b"".join([call.command for call in flight]))
 
     def check_pulse(self) -> None:
         """Give the connection up if its oldest call has had no reply for too long."""
@@ -249,6 +253,7 @@ class Link:
             if call.unheard:
                 continue  # this was the reply to ASKING; the call's own is next
             self._sent.popleft()
+            self._flights -= call.lands
             wrong = self._calls.answer(call, reply)
             # Redis 6 wraps the refusal in the script's error.
             if isinstance(reply, Refusal) and "read only replica" in reply.text:
@@ -269,6 +274,7 @@ class Link:
             return
         self._line = None
         sent, self._sent = self._sent, deque()
+        self._flights = 0
         why = str(cause) or type(cause).__name__
         for call, _ in sent:
             self._calls.fail(call, f"the connection to Redis broke: {why}", cause)

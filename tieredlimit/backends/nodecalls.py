@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tieredlimit.backends.backend import Charge, Reply
-from tieredlimit.backends.calls import MAX_WAITING, Call, Calls, Waiting, fail_all, gather
+from tieredlimit.backends.calls import (
+    MAX_DECISIONS,
+    MAX_KEYS,
+    MAX_WAITING,
+    MIN_SHARE,
+    Call,
+    Calls,
+    Waiting,
+    fail_all,
+    gather,
+)
 from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.backends.server import TAKE
 from tieredlimit.errors import BackendError
@@ -61,7 +71,19 @@ class NodeCalls(Calls):
         """Whether there is something to send."""
         return bool(self._redirected or self._by_tag) or super().waiting
 
-    def next_call(self, slots: int = 1) -> Call | None:  # noqa: ARG002 -- tags share, not slots
+    def next_flight(self, slots: int) -> list[Call]:
+        """Return calls of as many tags as one call may carry decisions; so many writes follow."""
+        waiting = len(self._queue) + self._sorted
+        share = min(MAX_DECISIONS, max(MIN_SHARE, -(-waiting // slots)))
+        flight: list[Call] = []
+        decisions = keys = 0
+        while decisions < share and keys < MAX_KEYS and (call := self.next_call()) is not None:
+            flight.append(call)
+            decisions += len(call.decisions)
+            keys += sum([one.keys for one in call.decisions])
+        return flight
+
+    def next_call(self, slots: int = 1) -> Call | None:  # noqa: ARG002 -- a flight has its share
         """Return the next call to send, None if nobody waits; the tags take turns."""
         while self._redirected:
             waiting, asking, again = self._redirected.popleft()
