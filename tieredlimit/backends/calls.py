@@ -22,7 +22,7 @@ MAX_DECISIONS = 128
 """The most decisions in one call."""
 MIN_SHARE = 16
 """Decisions for which a call of their own is worth its cost."""
-MAX_KEYS = 384
+MAX_KEYS = 320
 """The most keys in one call; a call must not hold Redis for more than about two milliseconds.
 A decision that has more by itself is a call of its own."""
 MAX_KEYS_OF_ONE = 65_535
