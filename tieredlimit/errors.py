@@ -5,6 +5,8 @@
     TieredLimitError
     ├── PolicyError     the policy document is wrong; carries every fault at once
     ├── UsageError      an argument is wrong: a cost, an account, a feature (also a ValueError)
+    ├── RevisionError   a stored revision cannot be read or stored; carries every fault at once
+    ├── ConflictError   somebody else published first: look at what they did, then try again
     ├── BackendError    the store could not answer; the charges may or may not have been applied
     └── Denied          a denial, raised on request by `Decision.raise_if_denied`
 
@@ -20,7 +22,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tieredlimit.decision import Decision
 
-__all__ = ["BackendError", "Denied", "Fault", "PolicyError", "TieredLimitError", "UsageError"]
+__all__ = [
+    "BackendError",
+    "ConflictError",
+    "Denied",
+    "Fault",
+    "PolicyError",
+    "RevisionError",
+    "TieredLimitError",
+    "UsageError",
+]
 
 
 class TieredLimitError(Exception):
@@ -52,13 +63,40 @@ class PolicyError(TieredLimitError):
     def __init__(self, faults: Iterable[Fault], source: str = "") -> None:
         self.faults = tuple(faults)
         self.source = source
-        count = f"{len(self.faults)} fault{'' if len(self.faults) == 1 else 's'}"
-        heading = f"{source}: {count}" if source else f"policy: {count}"
-        super().__init__("\n".join([heading, *(f"  {fault}" for fault in self.faults)]))
+        super().__init__(_listed(self.faults, source or "policy"))
 
 
 class UsageError(TieredLimitError, ValueError):
     """Report an argument that cannot be used; nothing was sent to a backend."""
+
+
+class RevisionError(TieredLimitError):
+    """Report every fault of a revision at once; what is in force stays in force.
+
+    `faults` holds them in the order in which they were found; `source` says which revision it is.
+    """
+
+    def __init__(self, faults: Iterable[Fault], source: str = "revision") -> None:
+        self.faults = tuple(faults)
+        self.source = source
+        super().__init__(_listed(self.faults, source))
+
+
+class ConflictError(TieredLimitError):
+    """Report that another revision was published in the meantime; nothing was changed.
+
+    `seen` is the number that the change was made for, `found` the one now in force. They are equal
+    where two publishers made the same number of different content.
+    """
+
+    def __init__(self, seen: int, found: int) -> None:
+        self.seen = seen
+        self.found = found
+        which = f"revision {found}" if found != seen else f"another revision {found}"
+        super().__init__(
+            f"{which} is in force, and this change was made for revision {seen}: nothing was "
+            "published; look at what changed, then run it again"
+        )
 
 
 class BackendError(TieredLimitError):
@@ -74,3 +112,8 @@ class Denied(TieredLimitError):  # noqa: N818 -- a denial is no error
     def __init__(self, decision: Decision) -> None:
         self.decision = decision
         super().__init__(f"{decision.feature}: denied ({decision.reason}) in tier {decision.tier}")
+
+
+def _listed(faults: tuple[Fault, ...], source: str) -> str:
+    heading = f"{source}: {len(faults)} fault{'' if len(faults) == 1 else 's'}"
+    return "\n".join([heading, *(f"  {fault}" for fault in faults)])

@@ -1,0 +1,172 @@
+"""What a new policy changes for whom, and how many tokens the change hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from tieredlimit._core.policy import Policy
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.reading import join, spell
+from tieredlimit._core.tier import Cell, Feature, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Say what one place of a policy becomes.
+
+    Attributes:
+        path: The place, as a policy document spells it.
+        before: What it says now, None where it is not there.
+        after: What it will say, None where it will not be there.
+        grants: Tokens that an account gets at once, at most, whose bucket is empty; None is without
+            limit. Always 0 where no cell changes.
+    """
+
+    path: str
+    before: str | None
+    after: str | None
+    grants: int | None = 0
+
+    def __str__(self) -> str:
+        if self.before is None:
+            text = f"added: {self.after}" if self.after else "added"
+        elif self.after is None:
+            text = f"removed: {self.before}" if self.before else "removed"
+        else:
+            text = f"{self.before} -> {self.after}"
+        if self.grants:
+            tokens = f"{self.grants:,} token{'' if self.grants == 1 else 's'}"
+            text = f"{text} (hands out at most {tokens} per account)"
+        return f"{self.path}: {text}"
+
+
+def diff(old: Policy, new: Policy) -> list[Difference]:
+    """Return what differs, in the order of a policy document.
+
+    When the numbers of a quota change, a bucket's time to full carries over: with an equal window
+    the fraction used is kept, a longer window hands out the difference. A quota of a new name
+    starts full, and so does one in a cell that was at zero, and whoever moves to another tier finds
+    the buckets of that one. Of what is removed as a whole, the parts are not listed.
+    """
+    return [
+        *_order(old, new),
+        *_features(old.features, new.features),
+        *_tiers(old.tiers, new.tiers),
+    ]
+
+
+def granted(before: Cell, after: Cell) -> int | None:
+    """Return the tokens that whoever has an empty bucket gets when a cell becomes another.
+
+    None is without limit.
+    """
+    if before.unlimited or after.zero:
+        return 0
+    if after.unlimited:
+        return None
+    kept = {(quota.per, quota.name): quota for quota in before.quotas}
+    # One empty bucket denies: the others may be full, and which one is empty makes a difference.
+    return max(
+        (
+            min(_left(kept.get((quota.per, quota.name)), quota, empty) for quota in after.quotas)
+            for empty in before.quotas or (None,)
+        ),
+        default=0,
+    )
+
+
+def _left(before: Quota | None, after: Quota, empty: Quota | None) -> int:
+    """Return the tokens in a bucket after the change, where that of `empty` was empty."""
+    if before is None or before is not empty:
+        return after.capacity
+    return max(0, (after.window_us - before.window_us) // after.interval_us)
+
+
+def _order(old: Policy, new: Policy) -> Iterator[Difference]:
+    """Yield the order where the tiers that stay are tried in another one."""
+    names, others = [tier.name for tier in old.tiers], [tier.name for tier in new.tiers]
+    if [one for one in names if one in others] != [one for one in others if one in names]:
+        yield Difference("order", ", ".join(names), ", ".join(others))
+
+
+def _features(old: Mapping[str, Feature], new: Mapping[str, Feature]) -> Iterator[Difference]:
+    for name in dict.fromkeys([*old, *new]):
+        path, before, after = join("features", name), old.get(name), new.get(name)
+        if before is None or after is None:
+            yield Difference(path, "" if before else None, "" if after else None)
+        elif before.outage != after.outage:
+            yield Difference(join(path, "outage"), before.outage, after.outage)
+        was, will = _routes(before), _routes(after)
+        for route in dict.fromkeys([*was, *will]):
+            if was.get(route) != will.get(route):
+                place = join(join(path, "routes"), route)
+                yield Difference(place, was.get(route), will.get(route))
+
+
+def _tiers(old: Iterable[Tier], new: Iterable[Tier]) -> Iterator[Difference]:
+    rows, others = ({tier.name: tier for tier in tiers} for tiers in (old, new))
+    for name in dict.fromkeys([*rows, *others]):
+        path, before, after = join("tiers", name), rows.get(name), others.get(name)
+        if before is None or after is None:
+            yield Difference(path, "" if before else None, "" if after else None)
+        if after is None:
+            continue
+        was, will = _when(before), _when(after)
+        if was != will:
+            yield Difference(f"{path}.when", was, will)
+        yield from _cells(path, before.cells if before else {}, after.cells)
+
+
+def _cells(path: str, old: Mapping[str, Cell], new: Mapping[str, Cell]) -> Iterator[Difference]:
+    for feature, after in new.items():
+        place, before = join(f"{path}.quotas", feature), old.get(feature)
+        if before is None:
+            yield Difference(place, None, after.spell())
+        elif (before.quotas, before.unlimited) != (after.quotas, after.unlimited):
+            yield Difference(place, *_spell_both(before, after), granted(before, after))
+    for feature, after in new.items():
+        measured = old[feature].shadow if feature in old else None
+        if measured != after.shadow:
+            place = join(f"{path}.shadow", feature)
+            yield Difference(place, *_spell_shadows(measured, after.shadow))
+    for feature, after in new.items():
+        said = old[feature].messages if feature in old else {}
+        if list(said.items()) != list(after.messages.items()):
+            place = join(f"{path}.messages", feature)
+            yield Difference(place, _spell_texts(said), _spell_texts(after.messages))
+
+
+def _routes(feature: Feature | None) -> dict[str, str]:
+    routes = feature.routes if feature else ()
+    return {str(route): f"costs {cost:,}" for route, cost in routes}
+
+
+def _when(tier: Tier | None) -> str | None:
+    if tier is None:
+        return None
+    if tier.when is None:
+        return "everybody"
+    return ", ".join(tier.when.spell(word) for word in tier.when.words())
+
+
+def _spell_both(before: Cell, after: Cell) -> tuple[str, str]:
+    """Return both cells, with the names of their quotas where these alone differ."""
+    was, will = before.spell(), after.spell()
+    if was != will:
+        return was, will
+    names, others = ([quota.name for quota in cell.quotas] for cell in (before, after))
+    return f"{was} named {', '.join(names)}", f"{will} named {', '.join(others)}"
+
+
+def _spell_shadows(before: Cell | None, after: Cell | None) -> tuple[str | None, str | None]:
+    """Return both cells, None for one that is not there."""
+    if before and after:
+        return _spell_both(before, after)
+    return before.spell() if before else None, after.spell() if after else None
+
+
+def _spell_texts(messages: Mapping[str, str]) -> str | None:
+    """Return the texts by language, None for the built-in one."""
+    texts = [f"{tag} {spell(text)}" if tag else spell(text) for tag, text in messages.items()]
+    return ", ".join(texts) or None
