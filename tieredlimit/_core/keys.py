@@ -17,6 +17,9 @@ from tieredlimit.errors import UsageError
 KEY_FORMAT = 1
 """The number in the first part of every key; another number is another way to store buckets."""
 
+SHADOW = "~shadow"
+"""Behind a tier's name: the buckets of its cells in shadow. No name holds a `~`."""
+
 ACCOUNT = ""
 ADDRESS = "*"
 STAND_IN = "="
@@ -28,6 +31,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.@-]{1,64}").fullmatch
 def key_prefix(namespace: str, shard: int, feature: str, tier: str, per: str | None) -> str:
     """Return the start of every key of one cell's buckets for one kind of subject."""
     return f"tl{KEY_FORMAT}:{{{namespace}:{shard}}}:{feature}:{tier}:{per or ''}:"
+
+
+def revision_key(namespace: str, shard: int) -> str:
+    """Return where a shard holds the number and the digest of its revision."""
+    return f"tl{KEY_FORMAT}:{{{namespace}:{shard}}}:revision"
 
 
 def subject_name(subject: str, mark: str = ACCOUNT) -> str:

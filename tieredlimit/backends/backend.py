@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.table import Shelf
+from tieredlimit.errors import BackendError
 
 
 class Charge(NamedTuple):
@@ -33,6 +36,25 @@ class Reply(NamedTuple):
     allowed: bool
     now: int
     debts: list[int]
+
+
+class StaleError(BackendError):
+    """A decision was prepared under a revision that is not in force, or for another time.
+
+    Nothing was charged: prepare it anew.
+
+    Attributes:
+        why: What is wrong: the shard is on a newer revision, on another one of the same number, or
+            the time is another.
+        number: The shard's revision, for the first two.
+        now: The instant of the reply in microseconds on the backend's clock.
+    """
+
+    def __init__(self, why: Literal["newer", "other", "time"], number: int, now: int) -> None:
+        super().__init__(f"prepared under a revision that is not in force ({why}: {number})")
+        self.why = why
+        self.number = number
+        self.now = now
 
 
 class Backend(Protocol):
@@ -66,5 +88,43 @@ class Backend(Protocol):
 
         Raises:
             BackendError: The store could not answer. The charges may or may not have been applied.
+        """
+        ...
+
+
+class ComparingBackend(Backend, Protocol):
+    """A store that also holds revisions, and compares them in the same call."""
+
+    compares_revisions: bool
+
+    async def take(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> Reply:
+        """Do what `Backend.take` does, if `stamp` is in force.
+
+        `times` are the instants, the last one excluded, for which this decision was prepared, None
+        for all. Without a stamp no revision is compared. Without charges nothing but that is done.
+
+        Raises:
+            StaleError: The stamp is not in force. Nothing was charged.
+            BackendError: As for `Backend.take`.
+        """
+        ...
+
+    def measure(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> asyncio.Future[Reply]:
+        """Do what `take` does, behind what is taken in the same turn of the event loop.
+
+        It never delays, fails or outweighs a take, and is the first to be given up.
+
+        Raises:
+            BackendError: Too many wait already, or it is not known yet whom to ask.
         """
         ...

@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha1
 from struct import pack
-from typing import Any
+from typing import Any, Final, Literal
 
-from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit._core.stamp import Stamp, prepared_for
+from tieredlimit._core.tally import CallStats
+from tieredlimit.backends.backend import Charge, Reply, StaleError
 from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.errors import BackendError
 
@@ -29,6 +31,11 @@ MAX_KEYS_OF_ONE = 65_535
 """The most keys of one decision, as the script counts them."""
 MAX_WAITING = 10_000
 """The most decisions that may wait for a call; further ones fail at once."""
+MAX_MEASURING = 1_000
+"""The same for those that only measure."""
+
+# What the script says instead of decisions.
+_STALE: Final[dict[int, Literal["newer", "other", "time"]]] = {2: "newer", 3: "other", 4: "time"}
 
 # From a readable socket to a reply that is given out: the parser, then the reader's task.
 _TURNS = 3
@@ -57,11 +64,22 @@ class Script:
 class Waiting:
     """Hold a decision that somebody waits for, ready to be sent."""
 
-    __slots__ = ("charges", "future", "keys", "names", "numbers", "parts", "redirected")
+    __slots__ = (
+        *("charges", "future", "keys", "names", "numbers", "parts", "redirected"),
+        *("stamp", "times"),
+    )
 
-    def __init__(self, future: asyncio.Future[Reply], charges: Sequence[Charge]) -> None:
+    def __init__(
+        self,
+        future: asyncio.Future[Reply],
+        charges: Sequence[Charge],
+        stamp: Stamp | None,
+        times: tuple[int, int] | None,
+    ) -> None:
         self.future = future
         self.charges = charges
+        self.stamp = stamp
+        self.times = times
         if len(charges) == 1:
             key, shelf, cost = charges[0]
             name = key.encode()
@@ -86,7 +104,7 @@ class Call:
     of a cluster is asked about a slot that is on its way to it, which takes a reply of its own.
     """
 
-    __slots__ = ("again", "asking", "command", "decisions", "lands", "unheard")
+    __slots__ = ("again", "asking", "command", "decisions", "lands", "measured", "unheard")
 
     def __init__(
         self, command: bytes, decisions: list[Waiting], *, again: bool, asking: bool
@@ -99,6 +117,8 @@ class Call:
         """How many replies are still to come."""
         self.lands = False
         """Whether it is the last of those that were written together."""
+        self.measured = False
+        """The same, among those that only measure."""
 
 
 class Calls:
@@ -108,11 +128,15 @@ class Calls:
     caller that gives up leaves the others alone: before its call is made it is left out of it,
     afterwards its part of the reply is dropped.
 
+    Decisions that only measure wait apart and travel behind the others, in calls of their own: not
+    even what Redis refuses to do for them may be in the others' way.
+
     Args:
         script: What decides.
         clock: Returns the instant to decide by, None for the server's time.
         timeout: Seconds from a decision's arrival to its deadline.
         learn_clock: Is given the instant of each reply.
+        stats: Where calls are counted.
         expired: Run whenever a deadline has passed, to look after what is in flight.
     """
 
@@ -124,13 +148,17 @@ class Calls:
         timeout: float,
         learn_clock: Callable[[int], None],
         expired: Callable[[], None],
+        stats: CallStats | None = None,
     ) -> None:
+        self.stats = stats or CallStats()
         self._script = script
         self._clock = clock
         self._timeout = timeout
         self._learn_clock = learn_clock
         self._expired = expired
         self._queue: deque[Waiting] = deque()
+        self.measuring: deque[Waiting] = deque()
+        """What only measures and is to be sent."""
         self._again: deque[list[Waiting]] = deque()
         self._deadlines: deque[tuple[float, asyncio.Future[Reply]]] = deque()
         self._timer: asyncio.Handle | None = None
@@ -140,16 +168,24 @@ class Calls:
     @property
     def waiting(self) -> bool:
         """Whether there is something to send."""
-        return bool(self._queue or self._again)
+        return bool(self._queue or self._again or self.measuring)
 
-    def add(self, charges: Sequence[Charge]) -> asyncio.Future[Reply]:
-        """Let a decision wait for the next call.
+    def add(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+        *,
+        shadow: bool = False,
+    ) -> asyncio.Future[Reply]:
+        """Let a decision wait for the next call; one in `shadow` only measures.
 
         Raises:
             BackendError: Too many wait already, or the decision has too many keys.
         """
-        if len(self._queue) >= MAX_WAITING:
-            raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
+        queue, most = (self.measuring, MAX_MEASURING) if shadow else (self._queue, MAX_WAITING)
+        if len(queue) >= most:
+            raise BackendError(f"{most} decisions are waiting for Redis already")
         if len(charges) > MAX_KEYS_OF_ONE:
             raise BackendError(
                 f"a decision may have at most {MAX_KEYS_OF_ONE} keys, got {len(charges)}"
@@ -158,7 +194,7 @@ class Calls:
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Reply] = loop.create_future()
-        self._queue.append(Waiting(future, charges))
+        queue.append(Waiting(future, charges, stamp, times))
         deadlines = self._deadlines
         # What is decided need not be kept until its deadline.
         while deadlines and deadlines[0][1].done():
@@ -186,6 +222,11 @@ class Calls:
             call = self._call(decisions, again=False)
         return call
 
+    def next_measuring(self) -> list[Call]:
+        """Return the calls to write next that only measure, none if there is nothing to measure."""
+        decisions = gather(self.measuring)
+        return [self._call(decisions, again=False)] if decisions else []
+
     def answer(self, call: Call, reply: Answer) -> str | None:
         """Give each decision its part of the reply; say what is wrong with it, None if nothing."""
         if isinstance(reply, Refusal):
@@ -196,6 +237,12 @@ class Calls:
                 self.fail(call, f"Redis refused: {reply.text}", BackendError(reply.text))
             return None
         decisions = call.decisions
+        if type(reply) is list and len(reply) == 3 and reply[1] in _STALE:
+            self._learn_clock(reply[0])
+            for one in decisions:
+                if not one.future.done():
+                    one.future.set_exception(StaleError(_STALE[reply[1]], reply[2], reply[0]))
+            return None
         if type(reply) is not list or len(reply) != 1 + sum([one.parts for one in decisions]):
             self.fail(call, f"Redis answered what is no decision: {reply!r:.80}")
             return "a reply of another kind than was asked for"
@@ -223,7 +270,9 @@ class Calls:
     def fail_waiting(self, why: str, cause: BaseException | None = None) -> None:
         """Fail every decision that waits for a call."""
         waiting = [*(one for decisions in self._again for one in decisions), *self._queue]
+        waiting += self.measuring
         self._queue.clear()
+        self.measuring.clear()
         self._again.clear()
         fail_all(waiting, why, cause)
 
@@ -238,15 +287,22 @@ class Calls:
     def _call(self, decisions: list[Waiting], *, again: bool, asking: bool = False) -> Call:
         layout = [one.keys for one in decisions]
         keys = sum(layout)
+        stamp = decisions[0].stamp
+        # Of one server any shard's will do: a revision is published once all have it.
+        revision = b"" if stamp is None else stamp.revision.encode()
+        names = [] if stamp is None else [bulk(stamp.key.encode())]
         now = b"" if self._clock is None else b"%d" % self._clock()
         command = b"".join(
             [
                 _ASKING if asking else b"",
-                b"*%d\r\n" % (5 + 2 * keys),
+                b"*%d\r\n" % (7 + len(names) + 2 * keys),
                 self._script.eval if again else self._script.evalsha,
-                bulk(b"%d" % keys),
+                bulk(b"%d" % (len(names) + keys)),
+                *names,
                 *[one.names for one in decisions],
                 bulk(now),
+                bulk(revision),
+                bulk(prepared_for(stamp, [one.times for one in decisions if one.times])),
                 bulk(pack(f"<{len(layout)}H", *layout)),
                 *[one.numbers for one in decisions],
             ]
@@ -274,7 +330,7 @@ class Calls:
                 self._timer = loop.call_soon(self._expire, turns - 1)
             return
         now = loop.time()
-        deadlines, queue = self._deadlines, self._queue
+        deadlines = self._deadlines
         self._timer = None
         while deadlines:
             deadline, future = deadlines[0]
@@ -286,8 +342,9 @@ class Calls:
                 future.set_exception(error)
             deadlines.popleft()
         # While nothing is sent, what was given up must not take the place of others.
-        while queue and queue[0].future.done():
-            queue.popleft()
+        for queue in (self._queue, self.measuring):
+            while queue and queue[0].future.done():
+                queue.popleft()
         # Also where nobody waited that long: impatient callers leave a dead connection behind.
         self._expired()
 
@@ -297,15 +354,31 @@ def gather(queue: deque[Waiting], share: int = MAX_DECISIONS) -> list[Waiting]:
     decisions: list[Waiting] = []
     keys = 0
     most = min(share, MAX_DECISIONS)
+    revision = None
     while queue and len(decisions) < most:
         waiting = queue[0]
         if not waiting.future.done():
             keys += waiting.keys
-            if decisions and keys > MAX_KEYS:
-                break
+            stamp = waiting.stamp
+            if decisions:
+                if keys > MAX_KEYS:
+                    break
+                if stamp is not revision and not _alike(stamp, revision):
+                    break
+            revision = stamp
             decisions.append(waiting)
         queue.popleft()
     return decisions
+
+
+def _alike(one: Stamp | None, other: Stamp | None) -> bool:
+    """Say whether decisions of two stamps may share a call of one server."""
+    if one is None or other is None:
+        return one is other
+    # Not of two namespaces either: each has shards of its own.
+    return (
+        one.revision == other.revision and one.tag.partition(":")[0] == other.tag.partition(":")[0]
+    )
 
 
 def fail_all(decisions: Iterable[Waiting], why: str, cause: BaseException | None) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import re
 from collections.abc import Callable, Sequence
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
+from tieredlimit._core.stamp import Stamp
 from tieredlimit.backends.backend import Charge, Reply
 from tieredlimit.backends.fleet import Fleet
 from tieredlimit.backends.link import connection_of
@@ -20,17 +17,14 @@ from tieredlimit.backends.server import (
     ServerClock,
     client_of,
 )
+from tieredlimit.backends.shared import OverRedis
 from tieredlimit.errors import BackendError, UsageError
 
 _SCHEMES = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 _NODE = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:@\s]+)):([0-9]{1,5})", re.ASCII)
 
-_living: WeakSet[ClusterBackend] = WeakSet()
 
-_log = logging.getLogger("tieredlimit")
-
-
-class ClusterBackend:
+class ClusterBackend(OverRedis[Fleet]):
     """Keep buckets in a Redis Cluster, 6.2 or later.
 
     Works as `RedisBackend` does, with a connection to each primary. Follows slots that move and
@@ -61,18 +55,11 @@ class ClusterBackend:
         timeout: float = DEFAULT_TIMEOUT,
         **options: Any,
     ) -> None:
-        if not timeout > 0:
-            raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
+        super().__init__(timeout, lambda: Fleet(self))
         self.server_clock = ServerClock(clock, several=True)
-        self.timeout = timeout
         one_node, self.seeds = _read_url(url)
         # Never connected: it holds the settings that all nodes share.
         self._pool = client_of(one_node, options).connection_pool
-        self._fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, Fleet] = WeakKeyDictionary()
-        self._lock = Lock()
-        self._left_to_parent: list[object] = []
-        self.namespaces: dict[str, int] = {}
-        _living.add(self)
 
     def connection_to(self, address: Address) -> Any:
         """Return a new connection to a node, not yet connected."""
@@ -83,68 +70,48 @@ class ClusterBackend:
         """Return the servers' clock in microseconds, carried on from the latest reply."""
         return self.server_clock.now()
 
-    def join(self, namespace: str, shards: int) -> None:
-        """Take note of the shards of a namespace, to be compared with what the cluster holds."""
-        self.namespaces[namespace] = shards
-
-    async def open(self) -> None:
-        """Find the nodes and learn their clock; log where that fails.
-
-        Raises:
-            UsageError: A namespace is laid out in another way than this process has it.
-        """
-        try:
-            await self._fleet().open()
-        except BackendError as exc:
-            if isinstance(exc.__cause__, UsageError):
-                raise exc.__cause__ from None
-            _log.warning("tieredlimit: %s; trying again with each decision", exc)
-
-    async def close(self) -> None:
-        """Close this event loop's connections."""
-        with self._lock:
-            fleet = self._fleets.pop(asyncio.get_running_loop(), None)
-        if fleet is not None:
-            await fleet.close()
-
-    async def take(self, charges: Sequence[Charge]) -> Reply:
+    async def take(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> Reply:
         """Charge every bucket, or none of them, on the node that has them.
 
         The keys of all charges have the same hash tag.
 
         Raises:
+            StaleError: The stamp is not in force. Nothing was charged.
             BackendError: The node did not answer within the timeout, refused, or is not there. The
                 charges may or may not have been applied.
         """
         fleet = self._fleet()
         if fleet.ready:
-            return await fleet.add(charges)
+            return await fleet.add(charges, stamp, times)
         try:
             async with asyncio.timeout(self.timeout):
                 await fleet.open()
-                return await fleet.add(charges)
+                return await fleet.add(charges, stamp, times)
         except TimeoutError as exc:
             raise BackendError(
                 f"the Redis Cluster did not answer within {self.timeout:g} s"
             ) from exc
 
-    def _fleet(self) -> Fleet:
-        loop = asyncio.get_running_loop()
-        fleet = self._fleets.get(loop)
-        if fleet is None:
-            fleet = Fleet(self)
-            with self._lock:  # other threads have loops of their own
-                for ended in [other for other in self._fleets if other.is_closed()]:
-                    del self._fleets[ended]
-                self._fleets[loop] = fleet
-        return fleet
+    def measure(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> asyncio.Future[Reply]:
+        """Do what `take` does, behind what is taken in the same turn of the event loop.
 
-    def leave_to_parent(self) -> None:
-        """Start anew in the child of a fork."""
-        # Kept and never closed: the parent still talks over these sockets.
-        self._left_to_parent.append(self._fleets)
-        self._fleets = WeakKeyDictionary()
-        self._lock = Lock()
+        Raises:
+            BackendError: Too many wait already, or the nodes are not known yet.
+        """
+        return self._fleet().measure(charges, stamp, times)
+
+    def _fleet(self) -> Fleet:
+        return self._sessions.here()
 
 
 def _read_url(url: str) -> tuple[str, list[Address]]:
@@ -173,11 +140,3 @@ def _read_url(url: str) -> tuple[str, list[Address]]:
     if re.match(r"/0*[^0?]", query):
         raise UsageError("a Redis Cluster has database 0 only; the Redis URL names another")
     return f"{_SCHEMES[scheme]}://{credentials}{at}{nodes.partition(',')[0]}{query}", addresses
-
-
-def _after_fork() -> None:
-    for backend in list(_living):
-        backend.leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.crc import key_slot
 
+from tieredlimit._core.stamp import Stamp
 from tieredlimit.backends.backend import Charge, Reply
 from tieredlimit.backends.calls import MAX_WAITING, Call, Waiting, fail_all
 from tieredlimit.backends.link import Link
@@ -66,10 +67,7 @@ class Fleet:
             return
         if self._queueing >= MAX_WAITING:
             raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
-        if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._open())
-            self._opening.add_done_callback(self._opened)
-        opening = self._opening
+        opening = self._start_opening()
         self._queueing += 1
         try:
             await asyncio.wait([opening])
@@ -81,7 +79,12 @@ class Fleet:
             # An error each: callers add their own traceback to it.
             raise BackendError(str(error)) from error.__cause__
 
-    def add(self, charges: Sequence[Charge]) -> asyncio.Future[Reply]:
+    def add(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> asyncio.Future[Reply]:
         """Let a decision wait for the next call to the primary that has its keys.
 
         Raises:
@@ -89,9 +92,30 @@ class Fleet:
         """
         if self._closed:
             raise BackendError(CLOSED)
-        member = self._member_of(tag_of(charges))
-        future = member.calls.add(charges)
+        member = self._member_of(tag_of(charges, stamp))
+        future = member.calls.add(charges, stamp, times)
         member.link.offer()
+        return future
+
+    def measure(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> asyncio.Future[Reply]:
+        """Let a decision that only measures wait for what is sent next to its primary.
+
+        Raises:
+            BackendError: No primary has its keys, none is known yet, or too many wait for it.
+        """
+        if self._closed:
+            raise BackendError(CLOSED)
+        if not self.ready:
+            _ = self._start_opening()
+            raise BackendError("the nodes of the Redis Cluster are not known yet")
+        member = self._member_of(tag_of(charges, stamp))
+        future = member.calls.add(charges, stamp, times, shadow=True)
+        member.link.offer_later()
         return future
 
     def redirect(self, call: Call, where: Refusal, source: Address) -> str | None:
@@ -176,7 +200,7 @@ class Fleet:
             # The wait bounds how often this may go on, until the decision's deadline.
             one.redirected = 0
             try:
-                member = self._member_of(tag_of(one.charges))
+                member = self._member_of(tag_of(one.charges, one.stamp))
             except BackendError as exc:
                 fail_all([one], str(exc), exc)
                 continue
@@ -205,6 +229,12 @@ class Fleet:
         if member is None:
             member = self._members[address] = Member(self, address)
         return member
+
+    def _start_opening(self) -> asyncio.Task[None]:
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add_done_callback(self._opened)
+        return self._opening
 
     async def _open(self) -> None:
         await self._learn_slots()

@@ -32,6 +32,12 @@ def connection_of(pool: ConnectionPool, **where: Any) -> Any:
     """
 
     class Connection(pool.connection_class):  # type: ignore[misc, name-defined]  # known when run
+        @property
+        def transport(self) -> asyncio.WriteTransport:
+            """What to abort, where waiting for the server is no option."""
+            stream: Any = getattr(self, "_writer")  # noqa: B009 -- redis-py's has no known type
+            return cast(asyncio.WriteTransport, stream.transport)
+
         def hand_over(self) -> asyncio.StreamWriter:
             """Give up the stream, which is somebody else's to close from now on."""
             stream: Any = getattr(self, "_writer")  # noqa: B009 -- redis-py's has no known type
@@ -88,7 +94,8 @@ class Link:
         connect: Returns a new connection object of `connection_of`, not yet connected.
         greet: Run on each new connection before any call.
         calls: What is to be sent.
-        in_flight: How many writes may wait for their replies, each of one call or a few.
+        in_flight: How many writes may wait for their replies, each of one call or a few. One more
+            of what only measures may, too.
         connect_timeout: Seconds a connection may take to be made, however impatient callers are.
         stall_timeout: Seconds without a reply after which the connection is given up as dead.
     """
@@ -105,7 +112,7 @@ class Link:
     ) -> None:
         self._make_connection = connect
         self._greet = greet
-        self._calls = calls
+        self.calls = calls
         self._in_flight = in_flight
         self._connect_timeout = connect_timeout
         self._stall_timeout = stall_timeout
@@ -115,6 +122,8 @@ class Link:
         self._soon: asyncio.Handle | None = None
         self._sent: deque[tuple[Call, float]] = deque()
         self._flights = 0
+        self._measures = False
+        self._later: asyncio.Handle | None = None
 
     async def open(self) -> None:
         """Connect, if that has not been done; callers that give up leave the attempt running.
@@ -136,6 +145,11 @@ class Link:
         """Send what waits, unless the calls in flight are enough or more is about to come."""
         if self._soon is None and self._flights < self._in_flight:
             self.pump()
+
+    def offer_later(self) -> None:
+        """Send what only measures: behind what is sent next, or else in the loop's next turn."""
+        if self._later is None and not self._measures:
+            self._later = asyncio.get_running_loop().call_soon(self._measure)
 
     @property
     def connected(self) -> bool:
@@ -159,15 +173,17 @@ class Link:
             self.drop("closed by the server")
             return
         while self._flights < self._in_flight:
-            flight = self._calls.next_flight(self._in_flight - self._flights)
+            flight = self.calls.next_flight(self._in_flight - self._flights)
             if not flight:
-                return
+                break
             self._flights += 1
             flight[-1].lands = True
             now = asyncio.get_running_loop().time()
             sent.extend([(call, now) for call in flight])
             # Not drained: the few calls in flight fit any buffer.
             transport.write(b"".join([call.command for call in flight]))
+        if self.calls.measuring:
+            self._write_measuring(transport)
 
     def check_pulse(self) -> None:
         """Give the connection up if its oldest call has had no reply for too long."""
@@ -184,7 +200,7 @@ class Link:
     async def close(self) -> None:
         """Close the connection for good; what was sent and what waits fails."""
         # First of all, so that nothing is left for which another connection would be made.
-        self._calls.fail_waiting(_CLOSED)
+        self.calls.fail_waiting(_CLOSED)
         ending = [task for task in (self._opening, self._keeper) if task is not None]
         if self._opening is not None:
             self._opening.cancel()
@@ -194,8 +210,28 @@ class Link:
 
     def _pump_soon(self) -> None:
         self._soon = None
-        if self._calls.waiting:
+        if self.calls.waiting:
             self.pump()
+
+    def _measure(self) -> None:
+        self._later = None
+        if not self.calls.measuring:
+            return
+        line = self._line
+        if line is None or line.transport.is_closing():
+            self.pump()
+        else:
+            # Not what else waits: whoever gave it has said when that is to be sent.
+            self._write_measuring(line.transport)
+
+    def _write_measuring(self, transport: asyncio.WriteTransport) -> None:
+        """Send what only measures, unless that is on its way already: it takes nobody's turn."""
+        calls = [] if self._measures else self.calls.next_measuring()
+        if calls:
+            self._measures = calls[-1].measured = True
+            now = asyncio.get_running_loop().time()
+            self._sent.extend([(call, now) for call in calls])
+            transport.write(b"".join([call.command for call in calls]))
 
     def _start_opening(self) -> asyncio.Task[None]:
         opening = asyncio.get_running_loop().create_task(self._open())
@@ -223,10 +259,10 @@ class Link:
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening = None
         if opening.cancelled():
-            self._calls.fail_waiting(_CLOSED)
+            self.calls.fail_waiting(_CLOSED)
         elif error := opening.exception():
-            self._calls.fail_waiting(str(error), error.__cause__)
-        elif self._calls.waiting:
+            self.calls.fail_waiting(str(error), error.__cause__)
+        elif self.calls.waiting:
             # Even if the connection broke already: then this makes another one.
             self.pump()
 
@@ -237,11 +273,12 @@ class Link:
         except asyncio.CancelledError as exc:
             if line is self._line:
                 # Before `_drop`: no connection may be made any more.
-                self._calls.fail_waiting(_CLOSED)
+                self.calls.fail_waiting(_CLOSED)
                 self._drop(line, exc)
             raise
 
     def _heard(self, line: Line, replies: list[Answer]) -> None:
+        now = asyncio.get_running_loop().time()
         for reply in replies:
             if line is not self._line:
                 return  # what came before was a reason to drop it
@@ -252,9 +289,13 @@ class Link:
             call.unheard -= 1
             if call.unheard:
                 continue  # this was the reply to ASKING; the call's own is next
-            self._sent.popleft()
+            _, sent_at = self._sent.popleft()
             self._flights -= call.lands
-            wrong = self._calls.answer(call, reply)
+            refused = isinstance(reply, Refusal)
+            self.calls.stats.observe(now - sent_at, len(call.decisions), failed=refused)
+            if call.measured:
+                self._measures = False
+            wrong = self.calls.answer(call, reply)
             # Redis 6 wraps the refusal in the script's error.
             if isinstance(reply, Refusal) and "read only replica" in reply.text:
                 # This was the primary once: the next call asks for the way again.
@@ -275,8 +316,11 @@ class Link:
         self._line = None
         sent, self._sent = self._sent, deque()
         self._flights = 0
+        self._measures = False
         why = str(cause) or type(cause).__name__
-        for call, _ in sent:
-            self._calls.fail(call, f"the connection to Redis broke: {why}", cause)
-        if self._calls.waiting:
+        now = asyncio.get_running_loop().time() if sent else 0.0
+        for call, sent_at in sent:
+            self.calls.stats.observe(now - sent_at, len(call.decisions), failed=True)
+            self.calls.fail(call, f"the connection to Redis broke: {why}", cause)
+        if self.calls.waiting:
             self.pump()

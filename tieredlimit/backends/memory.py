@@ -39,7 +39,8 @@ class MemoryBackend:
         clock: Returns integer microseconds since 1970; for tests and replay. It may step back.
         max_keys: The most keys kept, one per subject, feature and tier. A key leaves by itself
             once its buckets are full. A subject for which there is no room gets the feature's
-            outage answer: a bucket that is not full is never forgotten.
+            outage answer: a bucket that is not full is never forgotten. As many are kept apart
+            for cells in shadow, if there are any.
         max_catch_all_keys: The same for subjects of the last of several tiers, kept apart so that
             strangers cannot crowd out accounts.
 
@@ -61,6 +62,8 @@ class MemoryBackend:
         self._accounts = Room(max_keys, "max_keys")
         self._strangers = Room(max_catch_all_keys, "max_catch_all_keys")
         self._lock = Lock()
+        self._bounds = max_keys, max_catch_all_keys
+        self._measured: MemoryBackend | None = None
         _living.add(self)
 
     def __len__(self) -> int:
@@ -101,6 +104,23 @@ class MemoryBackend:
                 if debts is not None:
                     return new_tuple(Reply, (True, now, debts))
             return self._take(charges, now)
+
+    def measure_now(self, charges: Sequence[Charge]) -> Reply:
+        """Do what `take_now` does, on buckets apart: what only measures takes nobody's room.
+
+        Raises:
+            BackendError: As `take_now`.
+        """
+        measured = self._measured
+        if measured is None:
+            with self._lock:
+                measured = self._measured
+                if measured is None:
+                    most, most_catch_all = self._bounds
+                    measured = self._measured = MemoryBackend(
+                        clock=self.now, max_keys=most, max_catch_all_keys=most_catch_all
+                    )
+        return measured.take_now(charges)
 
     def _take(self, charges: Sequence[Charge], now: int) -> Reply:
         read: dict[str, tuple[Room, Shelf, list[int], bool]] = {}

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tieredlimit._core.stamp import Stamp
 from tieredlimit.backends.backend import Charge, Reply
 from tieredlimit.backends.calls import (
     MAX_DECISIONS,
@@ -40,6 +41,7 @@ class NodeCalls(Calls):
             timeout=backend.timeout,
             learn_clock=backend.server_clock.learn,
             expired=fleet.check_pulses,
+            stats=backend.call_stats,
         )
         self._fleet = fleet
         self._address = address
@@ -47,15 +49,22 @@ class NodeCalls(Calls):
         self._by_tag: dict[str, deque[Waiting]] = {}
         self._sorted = 0
 
-    def add(self, charges: Sequence[Charge]) -> asyncio.Future[Reply]:
-        """Let a decision wait for the next call of its tag.
+    def add(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+        *,
+        shadow: bool = False,
+    ) -> asyncio.Future[Reply]:
+        """Let a decision wait for the next call of its tag; as `Calls.add`.
 
         Raises:
             BackendError: Too many wait already, or the decision has too many keys.
         """
-        if self._sorted + len(self._queue) >= MAX_WAITING:
+        if not shadow and self._sorted + len(self._queue) >= MAX_WAITING:
             raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
-        return super().add(charges)
+        return super().add(charges, stamp, times, shadow=shadow)
 
     def take_over(
         self, decisions: list[Waiting], *, asking: bool = False, again: bool = False
@@ -96,7 +105,7 @@ class NodeCalls(Calls):
         while self._queue:
             one = self._queue.popleft()
             if not one.future.done():
-                tag = tag_of(one.charges)
+                tag = tag_of(one.charges, one.stamp)
                 self._by_tag.setdefault(tag, deque()).append(one)
                 self._sorted += 1
         while self._by_tag:
@@ -110,6 +119,18 @@ class NodeCalls(Calls):
             if decisions:
                 return self._call(decisions, again=False)
         return None
+
+    def next_measuring(self) -> list[Call]:
+        """Return the calls to write next that only measure: each of one tag and one revision."""
+        by_tag: dict[str, deque[Waiting]] = {}
+        for _ in range(min(len(self.measuring), MAX_DECISIONS)):
+            one = self.measuring.popleft()
+            by_tag.setdefault(tag_of(one.charges, one.stamp), deque()).append(one)
+        calls = []
+        for queue in by_tag.values():
+            while decisions := gather(queue):
+                calls.append(self._call(decisions, again=False))
+        return calls
 
     def answer(self, call: Call, reply: Answer) -> str | None:
         """Give each decision its part of the reply, or send it where the node says."""
@@ -147,8 +168,10 @@ class NodeCalls(Calls):
             self._fleet.refresh_soon()
 
 
-def tag_of(charges: Sequence[Charge]) -> str:
+def tag_of(charges: Sequence[Charge], stamp: Stamp | None = None) -> str:
     """Return the hash tag of a decision's keys, without its braces."""
+    if stamp is not None:
+        return stamp.tag
     if not charges:
         return ""
     key = charges[0].key

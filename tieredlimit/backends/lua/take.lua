@@ -1,10 +1,15 @@
 --[[
 take -- charge every bucket of a decision, or none of them; for several decisions, one by one.
 
+KEYS[1]    the shard's revision, if ARGV[2] is not empty; then only the next ones hold buckets
 KEYS[i]    the key of one subject's buckets; one hash tag; the same key may stand there several times
 ARGV[1]    now in microseconds, or "" for the server's TIME
-ARGV[2]    two bytes per decision, little-endian: how many KEYS are its own, in their order
-ARGV[2+i]  what KEYS[i] is charged, 28 bytes per bucket:
+ARGV[2]    "NUMBER DIGEST": the revision under which these decisions were prepared; "" compares none
+ARGV[3]    two little-endian doubles: the decisions were prepared for instants from the first one on
+           and before the second one; "" for all
+ARGV[4]    two bytes per decision, little-endian: how many KEYS are its own, in their order; none
+           for a decision that only asks for the revision
+ARGV[4+i]  what the i-th bucket key is charged, 28 bytes per bucket:
              name tag (4 bytes), increment, window and clamp (little-endian doubles, microseconds)
 
 Returns {now, then per decision: allowed, debt_1, ..., debt_n}
@@ -13,19 +18,23 @@ Returns {now, then per decision: allowed, debt_1, ..., debt_n}
             key holds what is no bucket, and then the debts mean nothing
   debt_j    microseconds until the decision's bucket j, in the order of ARGV, is full: after charging
             if allowed, as it stands otherwise
+Or {now, why, number} if they must be prepared anew, and then nothing was done at all:
+  why       2 if the shard is on a newer revision, 3 if it is on another one of the same number, 4 if
+            now is outside of ARGV[3]
+  number    the shard's
 
 A key holds 12 bytes per bucket: name tag, full_at (little-endian double, exact up to 2^53 us, the
-year 2255). A bucket that is full is not there.
+year 2255). A bucket that is full is not there. The shard's revision is spelled as ARGV[2] is.
 
 Clock:  Redis TIME, read once. Callers' clocks are never sent outside tests.
 Writes: per decision, after everything of it is read and checked, one SET with an expiry per key that
         changes. A denial changes a key only to lower an instant beyond its clamp. An increment of 0
-        peeks. What one decision wrote the next one reads.
+        peeks. What one decision wrote the next one reads. A shard on an older revision is raised.
 ]]
 
 local call, pcall, unpack, pack, ceil = redis.call, redis.pcall, struct.unpack, struct.pack, math.ceil
 
-local explicit_now = ARGV[1]
+local explicit_now, revision, prepared_for = ARGV[1], ARGV[2], ARGV[3]
 local now
 if explicit_now == '' then
   local time = call('TIME')
@@ -34,7 +43,33 @@ else
   now = tonumber(explicit_now)
 end
 
+local first = 1   -- the first of KEYS that holds buckets
+if revision ~= '' then
+  first = 2
+  local standing = call('GET', KEYS[1])
+  if standing ~= revision then
+    local ours = tonumber(string.match(revision, '^%d+'))
+    local number = not standing and 0 or tonumber(string.match(standing, '^(%d+) %x+$'))
+    if not number then
+      return redis.error_reply('TIEREDLIMIT ' .. KEYS[1] .. ' holds what is no revision')
+    elseif number > ours then
+      return {now, 2, number}
+    elseif number < ours then
+      call('SET', KEYS[1], revision)
+    elseif standing then
+      return {now, 3, number}
+    end
+  end
+end
+if prepared_for ~= '' then
+  local since, before = unpack('<dd', prepared_for)
+  if now < since or now >= before then
+    return {now, 4, 0}
+  end
+end
+
 local reply = {now}
+local given = 5 - first   -- ARGV[given + i] is what KEYS[i] is charged
 local last = 1
 
 local function put(key, records, latest)
@@ -104,7 +139,7 @@ local function decide(first, keys)
   local allowed, broken = true, nil   -- broken: which key is no bucket
 
   for i = first, first + keys - 1 do
-    local key, charges = KEYS[i], ARGV[2 + i]
+    local key, charges = KEYS[i], ARGV[given + i]
     if not stored[key] then
       stored[key], charged[key] = {}, {}
       local held = pcall('GET', key)
@@ -164,10 +199,10 @@ local function decide(first, keys)
   last = last + 1 + #buckets
 end
 
-local layout, first = ARGV[2], 1
+local layout = ARGV[4]
 for at = 1, #layout, 2 do
   local keys = unpack('<H', layout, at)
-  if keys ~= 1 or not decide_one(KEYS[first], ARGV[2 + first]) then
+  if keys ~= 1 or not decide_one(KEYS[first], ARGV[given + first]) then
     local refusal = decide(first, keys)
     if refusal then
       return refusal
