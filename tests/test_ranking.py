@@ -41,7 +41,7 @@ def test_first_tier_that_takes_the_account_is_found(whens: list[When], account: 
     found = ranking.first(account, START)
 
     holds = [when.failing_word(account, START) is None for when in whens]
-    assert found == [*holds, True].index(True)
+    assert (found if found >= 0 else ~found) == [*holds, True].index(True)
 
 
 def test_last_tier_takes_whom_no_other_does_whatever_it_asks() -> None:

@@ -121,11 +121,19 @@ def test_editor_has_a_title_and_a_sentence_for_every_word(path: str) -> None:
 def test_examples_of_the_schema_are_read() -> None:
     for cell in part("$defs", "cell", "examples"):
         assert is_read(with_cell(cell))
+    for cell in part("$defs", "shadow", "additionalProperties", "examples"):
+        assert is_read({**SMALLEST, "defaults": {"shadow": {"image": cell}}})
     for routes in part("$defs", "feature", "properties", "routes", "examples"):
         assert is_read(with_cell(0, routes=routes))
     for rate in part("$defs", "rate", "examples"):
         assert parse_rate(rate).amount >= 1
 
+
+WRONG_SHADOWS: list[object] = [
+    "5/day", ["5/day"], {"image": "unlimited"}, {"image": []}, {"image": ["unlimited"]},
+    {"image": 5}, {"image": False}, {"image": {}}, {"image": "5/month"},
+    {"image": {"rate": "5/day", "burst": 5}},
+]  # fmt: skip
 
 WRONG_WHENS: list[object] = [
     {}, "free", {"plan": []}, {"plan": 5}, {"plan": ""}, {"plan": ["a", ""]},
@@ -150,6 +158,7 @@ WRONG_WHENS: list[object] = [
         {**SMALLEST, "order": "everyone"},
         {**SMALLEST, "order": ["everyone", "everyone"]},
         {**SMALLEST, "defaults": {"when": {"plan": "x"}}},
+        *[{**SMALLEST, "defaults": {"shadow": shadow}} for shadow in WRONG_SHADOWS],
         {**SMALLEST, "defaults": {"messages": {"image": ""}}},
         {**SMALLEST, "defaults": {"messages": {"image": " "}}},
         {**SMALLEST, "defaults": {"messages": {"image": {}}}},
@@ -197,6 +206,8 @@ def changed(path: Sequence[str], value: object) -> dict[str, Any]:
     st.sampled_from(
         [
             ["defaults", "quotas", "image"],
+            ["defaults", "shadow", "image"],
+            ["defaults", "shadow"],
             ["defaults", "messages", "image"],
             ["features", "by-code", "routes"],
             ["features", "by-code", "outage"],

@@ -5,27 +5,36 @@ from tieredlimit._core.policy import Policy
 from tieredlimit.decision import Decision, QuotaState
 from tieredlimit.errors import (
     BackendError,
+    ConflictError,
     Denied,
     Fault,
     PolicyError,
+    RevisionError,
     TieredLimitError,
     UsageError,
 )
+from tieredlimit.inforce import stored
 from tieredlimit.limiter import Limiter
 from tieredlimit.middleware import TieredLimitMiddleware
+from tieredlimit.observe import LoggingObserver, Observer
 
 __all__ = [
     "Account",
     "BackendError",
+    "ConflictError",
     "Decision",
     "Denied",
     "Fault",
     "Limiter",
+    "LoggingObserver",
+    "Observer",
     "Policy",
     "PolicyError",
     "QuotaState",
+    "RevisionError",
     "TieredLimitError",
     "TieredLimitMiddleware",
     "UsageError",
+    "stored",
 ]
 __version__ = "0.1.0"

@@ -206,14 +206,20 @@ class Decision(NamedTuple):
         match self.reason:
             case "zero":
                 return f"{feature} is not available to this account."
+            case "closed":
+                return f"{feature} is closed for now.{self._until()}"
             case "outage":
                 return f"{feature} cannot be served right now. Please try again in a moment."
             case _ if self.retry_after is None:
                 return f"This request costs {self.cost}, more than {feature} ever allows at once."
             case _:
-                seconds = whole_seconds(round(self.retry_after * SECOND_US))
-                plural = "" if seconds == 1 else "s"
-                return f"The quota for {feature} is used up. Try again in {seconds} second{plural}."
+                return f"The quota for {feature} is used up.{self._until()}"
+
+    def _until(self) -> str:
+        if self.retry_after is None:
+            return ""
+        seconds = whole_seconds(round(self.retry_after * SECOND_US))
+        return f" Try again in {seconds} second{'' if seconds == 1 else 's'}."
 
 
 class Denial(Response):

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import random
 import re
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.bucket import wait_us
 from tieredlimit._core.denials import Denials
 from tieredlimit._core.policy import Policy
-from tieredlimit._core.quota import MAX_AMOUNT
-from tieredlimit._core.rate import SECOND_US
-from tieredlimit._core.reading import did_you_mean
-from tieredlimit._core.table import Entry, Table
+from tieredlimit._core.table import Table
+from tieredlimit._core.tally import CallStats, Samples, Tallies
 from tieredlimit.backends import (
     Backend,
     Charge,
@@ -30,38 +21,34 @@ from tieredlimit.backends import (
     RedisBackend,
     Reply,
 )
-from tieredlimit.backends.memory import new_tuple
+from tieredlimit.backends.backend import ComparingBackend, StaleError
+from tieredlimit.complaints import Complaints
+from tieredlimit.control import Control
+from tieredlimit.deciding import Deciding
 from tieredlimit.decision import Decision
+from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
+from tieredlimit.inforce import InForce, Stored
+from tieredlimit.judging import checked, named
+from tieredlimit.observe import Observer, Observers
+from tieredlimit.shadow import Shadows
 
 __all__ = ["Complaints", "Limiter"]
 
-DEFAULT_NAMESPACE = "default"
 MAX_SHARDS = 1_024
 
 _NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
-_SWITCH = {
-    "1": True, "true": True, "yes": True, "on": True,
-    "0": False, "false": False, "no": False, "off": False,
-}  # fmt: skip
-# Denied clients of an outage come back within these seconds, not all at once.
-_OUTAGE_RETRY = (1.0, 5.0)
-_LOG_INTERVAL = 1.0
-_LONGEST_COMPLAINT = 500
-_LONGEST_NAME = 32
-_MOST_PLACES = 8
-
-_log = logging.getLogger("tieredlimit")
+_MOST_REDECISIONS = 3
 
 
-class Limiter:
+class Limiter(Deciding):
     """Decide whether an account may use a feature now, and charge it if so.
 
     Open it with `async with`, or let the middleware, or the first take, open it; it may be used in
     several event loops and after a fork, and again after it was closed.
 
     Args:
-        policy: A `Policy`, a document as a mapping, or the path of a TOML file.
+        policy: A `Policy`, a document as a mapping, the path of a TOML file, or `stored()`.
         backend: A Redis URL, or a `Backend`; None keeps buckets in this process.
         namespace: Keeps the buckets of several applications on one Redis apart; 1 to 32 of
             `a-z`, `0-9`, `_` and `-`.
@@ -69,6 +56,11 @@ class Limiter:
             Cluster can share the load: 64 there, else 1, where it is None. All processes of a
             namespace must say the same.
         enabled: False allows everything and never asks the backend.
+        observers: Who is shown each decision, outage and revision.
+        close: What is closed in this process whatever is published, and even where the store is
+            down: `video:new, image` is a feature for a tier, and another for everyone.
+        close_file: A file with lines of the same, looked at twice a second while the limiter is
+            open; it need not exist.
 
     Raises:
         PolicyError: The policy has faults.
@@ -77,18 +69,21 @@ class Limiter:
 
     def __init__(
         self,
-        policy: Policy | Mapping[str, Any] | str | Path,
+        policy: Policy | Mapping[str, Any] | str | Path | Stored,
         backend: Backend | str | None = None,
         *,
         namespace: str = DEFAULT_NAMESPACE,
         shards: int | None = None,
         enabled: bool = True,
+        observers: Iterable[Observer] = (),
+        close: str = "",
+        close_file: str | Path | None = None,
     ) -> None:
         if not _NAMESPACE.fullmatch(namespace):
             raise UsageError(f"a namespace is 1 to 32 of a-z, 0-9, _ and -, got {namespace!r:.80}")
         if isinstance(policy, (str, Path)):
             policy = Policy.load(policy)
-        elif not isinstance(policy, Policy):
+        elif not isinstance(policy, (Policy, Stored)):
             policy = Policy.from_dict(policy)
         if backend is None:
             backend = MemoryBackend()
@@ -104,46 +99,94 @@ class Limiter:
             raise UsageError(f"shards must be from 1 to {MAX_SHARDS:,}, got {shards!r:.80}")
         if isinstance(backend, RedisBackend | ClusterBackend):
             backend.join(namespace, shards)
-        self._table = Table(policy, namespace, shards)
+        self.complaints = Complaints()
+        self.observers = Observers(observers)
+        self._observed = bool(self.observers)
+        self.tallies = Tallies()
+        self.samples = Samples(namespace)
+        self._denials = Denials()
+        self._shadows = Shadows(backend, self.observers)
+        self._force = InForce(
+            policy,
+            backend,
+            namespace,
+            shards,
+            close=close,
+            close_file=close_file,
+            tallies=self.tallies,
+            samples=self.samples,
+            complaints=self.complaints,
+            changed=self._changed,
+        )
+        # Each call of these also says whether what it was prepared by is still in force.
+        self._comparing: ComparingBackend | None = None
+        if isinstance(backend, RedisBackend | ClusterBackend):
+            self._comparing = backend
         # What answers without waiting is asked so, unless a subclass has its own way.
         self._take_now: Callable[[Sequence[Charge]], Reply] | None = None
         if isinstance(backend, MemoryBackend) and type(backend).take is MemoryBackend.take:
             self._take_now = backend.take_now
-        self._denials = Denials()
-        self.complaints = Complaints()
 
     @classmethod
     def from_env(cls) -> Self:
         """Build a limiter from the environment.
 
         `TIEREDLIMIT_POLICY` names the policy file, or several joined by the system's path
-        separator, each laid over the ones before. `TIEREDLIMIT_REDIS` is a Redis URL; without one
-        buckets are kept in this process. `TIEREDLIMIT_NAMESPACE` and `TIEREDLIMIT_ENABLED` (0 or
-        1) are what the arguments of those names are.
+        separator, each laid over the ones before; `stored` is the one that was pushed.
+        `TIEREDLIMIT_REDIS` is a Redis URL; without one buckets are kept in this process.
+        `TIEREDLIMIT_NAMESPACE`, `TIEREDLIMIT_ENABLED` (0 or 1), `TIEREDLIMIT_CLOSE` and
+        `TIEREDLIMIT_CLOSE_FILE` are what the arguments of those names are.
 
         Raises:
             PolicyError: The policy has faults.
             UsageError: A variable is missing or cannot be used.
         """
-        paths = [
-            path for path in os.environ.get("TIEREDLIMIT_POLICY", "").split(os.pathsep) if path
-        ]
-        if not paths:
-            raise UsageError("TIEREDLIMIT_POLICY must name a policy file, and is not set")
-        switch = os.environ.get("TIEREDLIMIT_ENABLED") or "1"
-        if switch.lower() not in _SWITCH:
-            raise UsageError(f"TIEREDLIMIT_ENABLED must be 0 or 1, got {switch!r:.80}")
-        return cls(
-            Policy.load(*paths),
-            os.environ.get("TIEREDLIMIT_REDIS") or None,
-            namespace=os.environ.get("TIEREDLIMIT_NAMESPACE") or DEFAULT_NAMESPACE,
-            enabled=_SWITCH[switch.lower()],
-        )
+        return cls(**from_environment())
 
     @property
     def policy(self) -> Policy:
-        """The policy in force."""
+        """The policy in force, below the overrides.
+
+        Raises:
+            BackendError: It is a stored one, and was not loaded yet.
+        """
         return self._table.policy
+
+    @property
+    def revision(self) -> tuple[int, str]:
+        """The number and the digest of the revision that is followed; 0 if none was published."""
+        return self._force.revision.number, self._force.revision.digest
+
+    @property
+    def control(self) -> Control:
+        """What changes things live, for all processes of the namespace.
+
+        Raises:
+            UsageError: The backend is one of your own, which has no such thing.
+        """
+        if self._force.store is None:
+            kind = type(self.backend).__name__
+            raise UsageError(f"live control needs one of our backends, got {kind}")
+        return Control(self._force.store, lambda: self.policy)
+
+    @property
+    def unknown_plans(self) -> int:
+        """How often an account had a plan that no tier names."""
+        return self._force.unknowns.plans
+
+    @property
+    def unknown_ages(self) -> int:
+        """How often an account's age was asked for, and not known."""
+        return self._force.unknowns.ages
+
+    @property
+    def call_stats(self) -> CallStats | None:
+        """The calls to the store, None where there are none."""
+        return getattr(self.backend, "call_stats", None)
+
+    @property
+    def _table(self) -> Table:
+        return self._force.table_at(self.backend.now())
 
     def outage(self, feature: str, cost: int, error: Exception) -> Decision:
         """Return the feature's outage answer, for who could not even be identified.
@@ -153,21 +196,35 @@ class Limiter:
         Raises:
             UsageError: The feature is unknown.
         """
-        tiers = [tier.name for tier in self.policy.tiers]
-        entries = [self._named(tier, feature) for tier in tiers]
-        decision = None
-        if not self.enabled or all(entry.cell.zero for entry in entries):
-            decision = self._without_asking(entries[-1], cost)
-        return decision or self._outage(entries[-1], cost, error)
+        table = self._table
+        entries = [named(table, tier.name, feature) for tier in table.policy.tiers]
+        last = entries[-1]
+        if not self.enabled or all(entry.cell.zero and not entry.variants for entry in entries):
+            decision = self._without_asking(table, last, cost, None, 0)
+            if decision is not None:
+                return self._said(last, decision, None)
+        return self._outage(last, cost, error, None)
 
     async def open(self) -> None:
-        """Get the backend ready in this event loop; a backend that is down is only logged."""
+        """Get the backend ready in this event loop; a backend that is down is only logged.
+
+        Raises:
+            BackendError: The policy is a stored one, and cannot be loaded.
+        """
         if self.enabled:
             await self.backend.open()
+            await self._force.open()
 
     async def close(self) -> None:
         """Give back what this event loop holds. Buckets stay; a later take opens again."""
+        await self._force.close()
+        self._shadows.close()
         await self.backend.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a policy to decide by: false where a stored one was not loaded yet."""
+        return self._force.table is not None
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -191,26 +248,53 @@ class Limiter:
         """
         return self._table.match(method, path, outside_root=outside_root)
 
-    async def take(self, account: Account, feature: str, cost: int = 1) -> Decision:
+    async def take(
+        self,
+        account: Account,
+        feature: str,
+        cost: int = 1,
+        *,
+        rematch: Callable[[], tuple[str, int]] | None = None,
+    ) -> Decision:
         """Charge `cost` tokens to every quota of the account's cell, or to none.
 
         A cost of 0 charges nothing. Where the backend cannot answer, the decision is the feature's
         outage answer, with reason `outage`; zero denies all the same. A denial is remembered until
         its time, a second at most: the same cost or more is denied meanwhile without asking.
 
+        `rematch` returns the feature and the cost of the request anew where a newer policy came
+        into force meanwhile; what it raises is raised.
+
         Raises:
+            BackendError: There is no policy yet, as `ready` tells.
             UsageError: The feature is unknown, the cost is no whole number from 0 to 10**9, or an
                 id cannot be stored. Nothing was charged.
         """
-        decision, entry, subject, charges = self._ask(account, feature, cost)
-        if decision is not None:
-            return decision
-        try:
-            now = self._take_now
-            reply = await self.backend.take(charges) if now is None else now(charges)
-        except BackendError as exc:
-            return self._outage(entry, cost, exc)
-        return self._conclude(entry, cost, subject, reply)
+        error: BackendError
+        at = 0
+        for _ in range(1 + _MOST_REDECISIONS):
+            decision, entry, subject, charges, stamp, times = self._ask(account, feature, cost, at)
+            if decision is not None:
+                return decision
+            try:
+                if self._take_now is not None:
+                    reply = self._take_now(charges)
+                elif self._comparing is None:
+                    reply = await self.backend.take(charges)
+                else:
+                    reply = await self._comparing.take(charges, stamp, times)
+            except StaleError as exc:
+                error = exc
+                # By its own clock: the nodes of a cluster need not agree on the time.
+                at = exc.now if exc.why == "time" else 0
+                await self._catch_up(exc)
+                if rematch is not None:
+                    feature, cost = rematch()
+            except BackendError as exc:
+                return self._outage(entry, cost, exc, account)
+            else:
+                return self._conclude(entry, cost, subject, reply, account)
+        return self._outage(entry, cost, error, account)
 
     def take_now(self, account: Account, feature: str, cost: int = 1) -> Decision | None:
         """Do what `take` does, where that needs no waiting; None where it does.
@@ -220,63 +304,14 @@ class Limiter:
         """
         if self._take_now is None:
             return None
-        decision, entry, subject, charges = self._ask(account, feature, cost)
+        decision, entry, subject, charges, _, _ = self._ask(account, feature, cost)
         if decision is not None:
             return decision
         try:
             reply = self._take_now(charges)
         except BackendError as exc:
-            return self._outage(entry, cost, exc)
-        return self._conclude(entry, cost, subject, reply)
-
-    def _ask(
-        self, account: Account, feature: str, cost: int
-    ) -> tuple[Decision | None, Entry, object, Sequence[Charge]]:
-        """Return the decision if it needs no backend, the cell, and what to charge for whom."""
-        table = self._table
-        now = self.backend.now() if table.asks_age else 0
-        entry = None
-        if type(cost) is int and 0 <= cost <= MAX_AMOUNT and type(feature) is str:
-            entry = table.find(account, feature, now)
-        if entry is None:
-            entry = self._entry(account, feature, cost)
-        if not self.enabled or entry.most is None or cost > entry.most:
-            decision = self._without_asking(entry, cost)
-            if decision is not None:
-                return decision, entry, None, ()
-        shelves = entry.shelves
-        shard = table.shard_of(account) if table.shards > 1 else 0
-        subject: object
-        if len(shelves) == 1:
-            shelf = shelves[0]
-            subject = key = shelf.key(account, shard)
-            charges: Sequence[Charge] = (new_tuple(Charge, (key, shelf, cost)),)
-        else:
-            charges = [Charge(shelf.key(account, shard), shelf, cost) for shelf in shelves]
-            subject = tuple(charge.key for charge in charges)
-        denials = self._denials
-        if denials.held:
-            debts = denials.recall(subject, cost, self.backend.now(), _local_us())
-            if debts is not None:
-                return _denial(entry, cost, debts), entry, subject, ()
-        return None, entry, subject, charges
-
-    def _conclude(self, entry: Entry, cost: int, subject: object, reply: Reply) -> Decision:
-        """Return the decision that a reply means."""
-        allowed, now, debts = reply
-        if allowed:
-            # As `Decision(…)`, at half its cost.
-            return new_tuple(
-                Decision,
-                (
-                    True, "allowed", entry.cell, cost, None,
-                    entry.quotas, debts, entry.policy_field,
-                ),
-            )  # fmt: skip
-        denial = _denial(entry, cost, debts)
-        wait_us = round((denial.retry_after or 0) * SECOND_US)
-        self._denials.remember(subject, cost, now, wait_us, debts, _local_us())
-        return denial
+            return self._outage(entry, cost, exc, account)
+        return self._conclude(entry, cost, subject, reply, account)
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
@@ -286,8 +321,10 @@ class Limiter:
         Raises:
             UsageError: As `take`.
         """
-        entry = self._entry(account, feature, cost)
-        return (await self._peek_all(account, [entry], cost))[0]
+        now = self.backend.now()
+        table = self._force.table_at(now)
+        entry = checked(table, account, feature, cost, now)
+        return (await self._peek_all(table, account, [entry], cost, now))[0]
 
     async def usage(self, account: Account) -> dict[str, Decision]:
         """Return what a take of cost 1 would decide for every feature, charging nothing.
@@ -297,139 +334,13 @@ class Limiter:
         Raises:
             UsageError: An id of the account cannot be stored.
         """
-        row = self._table.row(self._table.tier_of(account, self._now()))
-        decisions = await self._peek_all(account, list(row.values()), 1)
+        now = self.backend.now()
+        table = self._force.table_at(now)
+        row = table.row(table.tier_of(account, now))
+        entries = [table.find(account, feature, now) or entry for feature, entry in row.items()]
+        decisions = await self._peek_all(table, account, entries, 1, now)
         return dict(zip(row, decisions, strict=True))
 
     def tier_of(self, account: Account) -> str:
         """Return the name of the tier that the account falls in now, by the backend's clock."""
-        return self._table.tier_of(account, self._now())
-
-    def _now(self) -> int:
-        return self.backend.now() if self._table.asks_age else 0
-
-    def _entry(self, account: Account, feature: str, cost: int) -> Entry:
-        if type(cost) is not int or not 0 <= cost <= MAX_AMOUNT:
-            raise UsageError(
-                f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {_spell_cost(cost)}"
-            )
-        table = self._table
-        now = self.backend.now() if table.asks_age else 0
-        found = table.find(account, feature, now) if type(feature) is str else None
-        return found or self._named(table.tier_of(account, now), feature)
-
-    def _named(self, tier: str, feature: str) -> Entry:
-        # A feature may come from a request's body: of any type, of any length.
-        if type(feature) is not str:
-            raise UsageError(f"a feature's name is a string, got {type(feature).__name__}")
-        try:
-            return self._table.entry(tier, feature)
-        except KeyError:
-            known = list(self.policy.features)
-            hint = did_you_mean(feature[:_LONGEST_NAME], known)
-            raise UsageError(
-                f'unknown feature "{feature:.80}"{hint}; known are {", ".join(known)}'
-            ) from None
-
-    def _without_asking(self, entry: Entry, cost: int) -> Decision | None:
-        """Return the decision that no bucket can change, None where buckets decide."""
-        cell = entry.cell
-        if not self.enabled:
-            return Decision(True, "allowed", cell, cost)
-        if entry.most is None:
-            return Decision(cell.unlimited, "allowed" if cell.unlimited else "zero", cell, cost)
-        if cost > entry.most:
-            return Decision(False, "quota", cell, cost, None, entry.quotas)
-        return None
-
-    def _outage(self, entry: Entry, cost: int, error: Exception) -> Decision:
-        """Return the feature's outage answer, and say so in the log."""
-        name, answer = entry.feature.name, entry.feature.outage
-        self.complaints.log(f'no decision could be made: "{name}" gets "{answer}"', error)
-        if answer == "allow":
-            return Decision(True, "outage", entry.cell, cost)
-        retry_after = random.uniform(*_OUTAGE_RETRY)  # noqa: S311 -- to spread, not to hide
-        return Decision(False, "outage", entry.cell, cost, retry_after)
-
-    async def _peek_all(
-        self, account: Account, entries: Sequence[Entry], cost: int
-    ) -> list[Decision]:
-        known = [self._without_asking(entry, cost) for entry in entries]
-        asked = [entry for entry, decision in zip(entries, known, strict=True) if not decision]
-        shard = self._table.shard_of(account)
-        charges = [
-            Charge(shelf.key(account, shard), shelf, 0)
-            for entry in asked
-            for shelf in entry.shelves
-        ]
-        decided = []
-        if charges:
-            try:
-                debts = list((await self.backend.take(charges)).debts)
-            except BackendError as exc:
-                decided = [self._outage(entry, cost, exc) for entry in asked]
-            else:
-                for entry in asked:
-                    own, debts = debts[: len(entry.quotas)], debts[len(entry.quotas) :]
-                    decided.append(_judge(entry, cost, own))
-        rest = iter(decided)
-        return [decision or next(rest) for decision in known]
-
-
-def _local_us() -> int:
-    return time.monotonic_ns() // 1000
-
-
-def _denial(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
-    """Return the denial of a cost by buckets as they stand."""
-    # A cost that never fits is denied before any bucket is asked: every wait is known here.
-    waits = (wait_us(quota, debt, cost) for quota, debt in zip(entry.quotas, debts, strict=True))
-    latest = max(wait or 0 for wait in waits)
-    return Decision(False, "quota", entry.cell, cost, latest / SECOND_US, entry.quotas, debts)
-
-
-def _judge(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
-    """Return what a take would decide of buckets as they stand."""
-    decision = _denial(entry, cost, debts)
-    if decision.retry_after:
-        return decision
-    policy = entry.policy_field
-    return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts, policy)
-
-
-def _spell_cost(cost: object) -> str:
-    if type(cost) is int and abs(cost) > MAX_AMOUNT**2:
-        return f"one of {cost.bit_length()} bits"  # which Python may refuse to spell
-    return f"{cost!r:.80}"
-
-
-class Complaints:
-    """Log what went wrong on the way to a decision, one line a second at most.
-
-    Args:
-        clock: Returns seconds; for tests.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._quiet_until = -math.inf
-        self._unsaid = 0
-
-    def log(self, what: str, error: Exception) -> None:
-        """Log it with the error, and with where it was raised, if not by the store."""
-        now = self._clock()
-        if now < self._quiet_until:
-            self._unsaid += 1
-            return
-        from_store = isinstance(error, BackendError)
-        places = [] if from_store else traceback.format_tb(error.__traceback__)
-        _log.log(
-            logging.WARNING if from_store else logging.ERROR,
-            "tieredlimit: %s: %s%s%s",
-            what,
-            f"{type(error).__name__}: {error}"[:_LONGEST_COMPLAINT],
-            f" ({self._unsaid} more since the last line)" if self._unsaid else "",
-            # Without the exception: its text may quote all that a client sent.
-            "".join(["\n", *places[-_MOST_PLACES:]]) if places else "",
-        )
-        self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0
+        return self._table.tier_of(account, self.backend.now())

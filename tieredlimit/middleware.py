@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 from starlette.exceptions import HTTPException
@@ -13,7 +14,7 @@ from starlette.websockets import WebSocketClose
 
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import STATUSES, Decision, Reason
-from tieredlimit.errors import Denied, UsageError
+from tieredlimit.errors import BackendError, Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
 from tieredlimit.request import STATE_KEY, RequestLimits
@@ -26,6 +27,10 @@ OnDenied = Callable[[Scope, Decision], ASGIApp | Awaitable[ASGIApp | None] | Non
 _WITH_HEADERS = frozenset(
     {"http.response.start", "websocket.accept", "websocket.http.response.start"}
 )
+
+
+class _UnmeteredError(Exception):
+    """A newer policy does not meter the request any more."""
 
 
 class TieredLimitMiddleware:
@@ -104,6 +109,9 @@ class TieredLimitMiddleware:
         self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Charge a request, then pass it on with its limits, or answer it."""
+        if not self.limiter.ready and not await self._get_ready():
+            await _unready(scope, receive, send)
+            return
         metered = self._metered(scope)
         if metered is not None:
             answer = await self._charge(limits, scope, *metered)
@@ -136,6 +144,14 @@ class TieredLimitMiddleware:
             answer = await self._denial(limits, denied.decision, scope)
             await answer(scope, receive, send)
 
+    async def _get_ready(self) -> bool:
+        """Load the stored policy, where no lifespan has done so."""
+        try:
+            await self.limiter.open()
+        except (BackendError, UsageError) as exc:
+            self.limiter.complaints.log("there is no policy yet: requests are answered 503", exc)
+        return self.limiter.ready
+
     def _limits(self, scope: Scope) -> RequestLimits:
         """Return what a request takes with, where its handlers find it."""
         # The scope is the request's own. Its state need not be: Hypercorn shares one among all
@@ -160,6 +176,12 @@ class TieredLimitMiddleware:
         )
         return limiter.match(method, path, outside_root=outside_root)
 
+    def _rematch(self, scope: Scope) -> tuple[str, int]:
+        metered = self._metered(scope)
+        if metered is None:
+            raise _UnmeteredError
+        return metered
+
     async def _charge(
         self, limits: RequestLimits, scope: Scope, feature: str, cost: int
     ) -> ASGIApp | None:
@@ -167,7 +189,10 @@ class TieredLimitMiddleware:
         decision = limits.decisions.get(feature)
         if decision is None:
             try:
-                decision = await limits.take_first(feature, cost)
+                rematch = partial(self._rematch, scope)
+                decision = await limits.take_first(feature, cost, None, rematch)
+            except _UnmeteredError:
+                return None
             except HTTPException as answer:
                 return _rendered(answer, scope)
             except Denied as denied:
@@ -242,6 +267,15 @@ def _replace(headers: Any, fields: list[Field]) -> list[Field]:
     """Return the headers with our fields in place of the application's of the same names."""
     ours = [name for name, _ in fields]
     return [header for header in headers if header[0].lower() not in ours] + fields
+
+
+async def _unready(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer where nobody knows yet what is metered."""
+    if scope["type"] == "websocket":
+        await WebSocketClose(1013)(scope, receive, send)
+        return
+    headers = {"retry-after": "1", "cache-control": "no-store"}
+    await PlainTextResponse("Service Unavailable", 503, headers)(scope, receive, send)
 
 
 def _rendered(answer: HTTPException, scope: Scope) -> ASGIApp:

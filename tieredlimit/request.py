@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
@@ -119,20 +119,38 @@ class RequestLimits:
             pending.add_done_callback(lambda _: underway.pop(feature))
         return await asyncio.shield(pending)
 
-    async def take_first(self, feature: str, cost: int, account: Account | None = None) -> Decision:
-        """Do what `take` does where nothing else can be taking the feature yet."""
+    async def take_first(
+        self,
+        feature: str,
+        cost: int,
+        account: Account | None = None,
+        rematch: Callable[[], tuple[str, int]] | None = None,
+    ) -> Decision:
+        """Do what `take` does where nothing else can be taking the feature yet.
+
+        `rematch` is as for `Limiter.take`.
+        """
         decision: Decision | None
+        failure, waited = None, False
         try:
-            account = account or self._account or self._account_now() or await self.account()
+            account = account or self._account or self._account_now()
+            if account is None:
+                waited = True
+                account = await self.account()
         except (HTTPException, Denied):
             raise
         except Exception as exc:  # noqa: BLE001 -- whatever a lookup may raise is no decision
-            decision = self.limiter.outage(feature, cost, exc)
+            failure = exc
+        if waited and rematch is not None:
+            # Another policy may have come into force meanwhile, which knows no such feature.
+            feature, cost = rematch()
+        if account is None:
+            decision = self.limiter.outage(feature, cost, failure or UsageError("nobody is it"))
         else:
             decision = self.limiter.take_now(account, feature, cost)
             if decision is None:
-                decision = await self.limiter.take(account, feature, cost)
-        self.decisions[feature] = decision
+                decision = await self.limiter.take(account, feature, cost, rematch=rematch)
+        self.decisions[decision.feature] = decision
         return decision
 
     def fields(self, *, legacy: bool) -> list[Field]:

@@ -17,6 +17,7 @@ _LATER = ("concurrency", "lease")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 _MAX_MESSAGE = 1_000
 _MAX_QUOTAS = 16
+_ZERO_OR_UNLIMITED = f'0 or "{UNLIMITED}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +32,36 @@ def read_cell(reading: Reading, path: str, feature: str, value: Any) -> Content 
     """Read a cell: a quota, a list of them, zero, or `"unlimited"`; None where it has a fault."""
     if _is_whole_cell(value):
         return Content(unlimited=value == UNLIMITED)
+    return _read_quotas(reading, path, feature, value, _ZERO_OR_UNLIMITED)
+
+
+def read_shadow(reading: Reading, path: str, feature: str, value: Any) -> Content | None:
+    """Read a cell in shadow: as `read_cell`, except for `"unlimited"`, which measures nothing."""
+    if value == UNLIMITED:
+        reading.fault(path, f"{spell(value)} measures nothing; give a quota or 0, or leave it out")
+        return None
+    if _is_whole_cell(value):
+        return Content()
+    return _read_quotas(reading, path, feature, value, "0")
+
+
+def _read_quotas(
+    reading: Reading, path: str, feature: str, value: Any, otherwise: str
+) -> Content | None:
+    """Read a quota or a list of them; `otherwise` is what else the cell may be."""
     if not isinstance(value, list):
-        quota = _read_quota(reading, path, feature, value)
+        quota = _read_quota(reading, path, feature, value, otherwise)
         return Content((quota,)) if quota else None
     if not value:
-        reading.fault(path, 'an empty list limits nothing; write 0 or "unlimited"')
+        reading.fault(path, f"an empty list limits nothing; write {otherwise}")
         return None
     if len(value) > _MAX_QUOTAS:
         reading.fault(path, f"at most {_MAX_QUOTAS} quotas in a cell, got {len(value)}")
         return None
     before = len(reading.faults)
-    quotas = [_read_quota(reading, f"{path}[{i}]", feature, one) for i, one in enumerate(value)]
+    quotas = [
+        _read_quota(reading, f"{path}[{i}]", feature, one, otherwise) for i, one in enumerate(value)
+    ]
     _check_names(reading, path, quotas)
     return Content(tuple(filter(None, quotas))) if len(reading.faults) == before else None
 
@@ -80,14 +100,16 @@ def _is_whole_cell(value: Any) -> bool:
     return value == UNLIMITED or (type(value) is int and value == 0)
 
 
-def _read_quota(reading: Reading, path: str, feature: str, value: Any) -> Quota | None:
+def _read_quota(
+    reading: Reading, path: str, feature: str, value: Any, otherwise: str
+) -> Quota | None:
     if isinstance(value, Mapping):
         return _read_table(reading, path, feature, value)
     if _is_whole_cell(value):
         reading.fault(path, f"{spell(value)} is a whole cell: it cannot stand among quotas")
         return None
     if not isinstance(value, str):
-        wanted = 'write a rate such as "5/minute", a table, 0 or "unlimited"'
+        wanted = f'write a rate such as "5/minute", a table, {otherwise}'
         reading.fault(path, f"got {spell(value)}; {wanted}")
         return None
     return _build(reading, path, feature, value, {})

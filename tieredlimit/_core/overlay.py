@@ -12,7 +12,7 @@ _Shape = Mapping[str, Any]
 
 # The tables that merge; "*" is any name. All others only make sense whole: half a quota, half a
 # condition or half a list of routes would mean what neither file says.
-_ROW: _Shape = {"quotas": {}, "messages": {}}
+_ROW: _Shape = {"quotas": {}, "shadow": {}, "messages": {}}
 _MERGED: _Shape = {"features": {"*": {}}, "defaults": _ROW, "tiers": {"*": _ROW}}
 
 _LAST_PART = re.compile(r"(^|[.\[])[^.\[]*$")

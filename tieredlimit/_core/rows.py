@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tieredlimit._core.cells import Content, read_cell, read_messages
+from tieredlimit._core.cells import Content, read_cell, read_messages, read_shadow
 from tieredlimit._core.reading import Reading, did_you_mean, join, spell
 from tieredlimit._core.tier import Cell, Feature
 
-DEFAULTS_WORDS = ("quotas", "messages")
+DEFAULTS_WORDS = ("quotas", "shadow", "messages")
 WORDS = ("when", "extends", *DEFAULTS_WORDS)
 
 _Messages = dict[str, str]
@@ -21,6 +21,7 @@ class _Row:
     """Hold what one tier, or [defaults], says itself; None is a cell with a fault."""
 
     cells: dict[str, Content | None] = field(default_factory=dict)
+    shadows: dict[str, Content | None] = field(default_factory=dict)
     messages: dict[str, _Messages] = field(default_factory=dict)
 
 
@@ -68,8 +69,14 @@ class Rows:
                 )
             elif content := row.cells[feature]:
                 texts = (row.messages[feature] for row in rows if feature in row.messages)
-                messages = next(texts, {})
-                cells[feature] = Cell(feature, tier, content.quotas, content.unlimited, messages)
+                cells[feature] = Cell(
+                    feature,
+                    tier,
+                    content.quotas,
+                    content.unlimited,
+                    next(texts, {}),
+                    _shadow(feature, tier, rows),
+                )
         return cells
 
     def _line(self, tier: str) -> list[str]:
@@ -83,9 +90,13 @@ class Rows:
 
     def _read(self, path: str, table: Mapping[Any, Any]) -> _Row:
         row = _Row()
-        for feature, place, value in self._entries(join(path, "quotas"), table.get("quotas", {})):
-            row.cells[feature] = content = read_cell(self._reading, place, feature, value)
-            self._check_costs(place, self._features[feature], content)
+        for word, cells, read in (
+            ("quotas", row.cells, read_cell),
+            ("shadow", row.shadows, read_shadow),
+        ):
+            for feature, place, value in self._entries(join(path, word), table.get(word, {})):
+                cells[feature] = content = read(self._reading, place, feature, value)
+                self._check_costs(place, self._features[feature], content)
         for feature, place, value in self._entries(
             join(path, "messages"), table.get("messages", {})
         ):
@@ -116,3 +127,15 @@ class Rows:
             self._reading.warn(
                 path, f"{spell(str(route))} costs {cost:,}, never fits a capacity of {least:,}"
             )
+
+
+def _shadow(feature: str, tier: str, rows: Iterable[_Row]) -> Cell | None:
+    """Return the cell that a tier measures beside the one in force: the first row's that has one.
+
+    Nobody ever reads a message of it.
+    """
+    contents = (row.shadows[feature] for row in rows if feature in row.shadows)
+    content = next(contents, None)
+    if content is None:
+        return None
+    return Cell(feature, tier, content.quotas, unlimited=False, messages={})

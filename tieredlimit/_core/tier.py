@@ -27,6 +27,7 @@ class Cell:
         unlimited: True where nothing limits.
         messages: What a denied user reads, by language tag, the first being the default; "" is the
             tag of a text whose language is not said. Empty means the built-in text.
+        shadow: The cell that is measured beside this one and never enforced, None for none.
     """
 
     feature: str
@@ -34,6 +35,7 @@ class Cell:
     quotas: tuple[Quota, ...]
     unlimited: bool
     messages: Mapping[str, str]
+    shadow: Cell | None = None
 
     @property
     def zero(self) -> bool:

@@ -1,0 +1,189 @@
+"""Keeping one event loop on the newest revision, and telling others that this process lives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from tieredlimit._core.revision import Revision
+from tieredlimit.backends.control import ControlStore, Heartbeat
+from tieredlimit.errors import BackendError, ConflictError, TieredLimitError
+
+__all__ = ["Follower", "Leader"]
+
+BEAT_INTERVAL = 1.0
+"""Seconds between two heartbeats."""
+LOAD_TIMEOUT = 0.5
+"""Seconds that a revision may take to be loaded, for those who wait for it."""
+# Seconds that others have to put back what a shard has heard of, before it is given up as lost.
+_LOST_AFTER = 2.0
+# Seconds, from and to, after which whoever has seen a new revision makes sure that all shards have.
+_COMPLETE_AFTER = (0.5, 1.5)
+
+
+class Leader(Protocol):
+    """What a follower keeps up to date."""
+
+    def standing(self) -> Revision:
+        """Return the revision that is followed now."""
+        ...
+
+    def adopt(self, revision: Revision) -> None:
+        """Follow this one, unless it is older."""
+        ...
+
+    def heartbeat(self) -> Heartbeat:
+        """Return what to tell of this process."""
+        ...
+
+    async def compare(self) -> None:
+        """Ask the store whether it follows the same, and so for the time."""
+        ...
+
+    def complain(self, what: str, error: Exception) -> None:
+        """Say what went wrong."""
+        ...
+
+
+class Follower:
+    """Watch the head for one event loop, load what is new, and beat.
+
+    Args:
+        leader: Is told what is new.
+        store: Where revisions live; closed with the follower.
+    """
+
+    def __init__(self, leader: Leader, store: ControlStore) -> None:
+        self._leader = leader
+        self._store = store
+        self._loading: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lost: int | None = None
+        self._completing = False
+
+    def start(self, beside: Coroutine[Any, Any, None] | None = None) -> None:
+        """Watch and beat from now on, in the running event loop; `beside` runs as long."""
+        self._spawn(self._store.watch(self._hear))
+        self._spawn(self._beat())
+        if beside is not None:
+            self._spawn(beside)
+
+    async def stop(self) -> None:
+        """Stop, and close the store's connections."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            # Else an operator would wait for it, and be told that it does not follow.
+            async with asyncio.timeout(LOAD_TIMEOUT):
+                await self._store.retire(self._leader.heartbeat().id)
+        except (TieredLimitError, TimeoutError):
+            pass  # it falls silent, and is forgotten all the same
+        await self._store.close()
+
+    async def refresh(self, number: int = 0, *, other: bool = False) -> None:
+        """Load the head; whoever comes while that is under way waits for the same.
+
+        `number` is what a shard is on: where no head comes that far, what it heard of is lost, and
+        what is followed here is published anew above it, in a while. With `other` the shard has
+        another revision of that number: where it is not the head's, the head's is put there.
+
+        Raises:
+            BackendError: It cannot be loaded.
+        """
+        loading = self._loading
+        if loading is None or loading.done():
+            loading = self._loading = asyncio.get_running_loop().create_task(self._load())
+            self._keep(loading)
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT):
+                await asyncio.shield(loading)
+        except TimeoutError as exc:
+            raise BackendError(f"the head was not loaded within {LOAD_TIMEOUT:g} s") from exc
+        standing = self._leader.standing()
+        if self._lost is None and number > standing.number:
+            self._lost = number
+            self._spawn(self._find(number))
+        elif other and number == standing.number and not self._completing:
+            self._completing = True
+            self._spawn(self._complete(standing))
+
+    async def _load(self) -> None:
+        head = await self._store.head()
+        standing = self._leader.standing()
+        if head.number < standing.number:
+            # Redis was emptied, or a failover has lost it.
+            head = await self._store.seed(standing)
+        if (head.number, head.digest) != (standing.number, standing.digest):
+            self._leader.adopt(head)
+
+    def _hear(self, number: int) -> None:
+        standing = self._leader.standing().number
+        if number or standing:
+            self._spawn(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        before = self._leader.standing().number
+        try:
+            await self.refresh()
+            standing = self._leader.standing()
+            if standing.number > before:
+                await self._store.beat(self._leader.heartbeat())  # an operator is waiting
+                await asyncio.sleep(random.uniform(*_COMPLETE_AFTER))  # noqa: S311 -- to spread
+                await self._store.complete(standing)
+        except ConflictError:
+            pass  # there is a newer one, which somebody else completes
+        except TieredLimitError as exc:
+            self._leader.complain("a revision was published, and cannot be loaded", exc)
+
+    async def _find(self, number: int) -> None:
+        try:
+            await asyncio.sleep(_LOST_AFTER)
+            if self._leader.standing().number < number:
+                await self.refresh()
+            standing = self._leader.standing()
+            if standing.number < number:
+                self._leader.adopt(await self._store.repair(number, standing))
+        except TieredLimitError as exc:
+            self._leader.complain(f"revision {number} is lost, and cannot be replaced", exc)
+        finally:
+            self._lost = None
+
+    async def _complete(self, standing: Revision) -> None:
+        try:
+            await self._store.complete(standing)
+        except ConflictError:
+            pass  # there is a newer one, which somebody else completes
+        except TieredLimitError as exc:
+            self._leader.complain(f"not all shards obey revision {standing.number}", exc)
+        finally:
+            self._completing = False
+
+    async def _beat(self) -> None:
+        try:
+            while True:
+                try:
+                    await self._store.beat(self._leader.heartbeat())
+                except TieredLimitError as exc:
+                    self._leader.complain("this process could not say that it lives", exc)
+                else:
+                    await self._leader.compare()
+                await asyncio.sleep(BEAT_INTERVAL)
+        finally:
+            # Also where an event loop ends that nobody closed the limiter in.
+            await self._store.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._keep(asyncio.get_running_loop().create_task(work))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it has it

@@ -1,0 +1,353 @@
+"""What is in force in this process: a policy, the overrides above it, and the table of both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from threading import RLock
+from weakref import WeakKeyDictionary
+
+from tieredlimit._core.override import Override
+from tieredlimit._core.policy import Policy
+from tieredlimit._core.ranking import Unknowns
+from tieredlimit._core.reading import did_you_mean
+from tieredlimit._core.revision import FORMAT, NOTHING, Revision
+from tieredlimit._core.share import MAX_INSTANT_US
+from tieredlimit._core.table import Table
+from tieredlimit._core.tally import Samples, Tallies
+from tieredlimit._core.who import EVERYONE, Who
+from tieredlimit.backends import Backend, ClusterBackend, MemoryBackend, RedisBackend
+from tieredlimit.backends.backend import StaleError
+from tieredlimit.backends.control import ControlStore, Heartbeat, MemoryControl, control_store
+from tieredlimit.complaints import Complaints
+from tieredlimit.errors import BackendError, TieredLimitError, UsageError
+from tieredlimit.follow import Follower
+
+__all__ = ["InForce", "Stored", "stored"]
+
+# The most cells that a heartbeat tells of; the busiest come first.
+_MOST_CELLS = 200
+_LONGEST_CLOSE_FILE = 64 * 1024
+_FILE_INTERVAL = 0.5
+
+
+class Stored:
+    """Stand for the policy that was pushed to the store; see `stored`."""
+
+    __slots__ = ()
+
+
+def stored() -> Stored:
+    """Take the policy that an operator has pushed, instead of a file beside the code.
+
+    A limiter that is given this has no policy until it was opened: opening fails where none was
+    pushed, or the store cannot be reached.
+    """
+    return Stored()
+
+
+class InForce:
+    """Hold the table that decides, and follow the revisions that change it.
+
+    Attributes:
+        table: What decides; None until a stored policy was loaded.
+        revision: What is followed: its number may be ahead of what could be read of it.
+        store: Where revisions live; None where the backend has no such thing.
+        unknowns: The plans and ages that billing did not say.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Stored,
+        backend: Backend,
+        namespace: str,
+        shards: int,
+        *,
+        close: str,
+        close_file: str | Path | None,
+        tallies: Tallies,
+        samples: Samples,
+        complaints: Complaints,
+        changed: Callable[[Revision], None],
+    ) -> None:
+        self._given = policy if isinstance(policy, Policy) else None
+        self._backend = backend
+        self._namespace = namespace
+        self._shards = shards
+        self._tallies = tallies
+        self._samples = samples
+        self._complaints = complaints
+        self._changed = changed
+        self._lock = RLock()
+        self._followers: WeakKeyDictionary[asyncio.AbstractEventLoop, Follower] = (
+            WeakKeyDictionary()
+        )
+        self._worker: tuple[int, str, int] | None = None
+        self.unknowns = Unknowns()
+        self.revision = NOTHING
+        self._overrides: tuple[Override, ...] = ()
+        self._file = None if close_file is None else Path(close_file)
+        self._in_file: tuple[Override, ...] = ()
+        self._file_text = ""
+        self._always = read_closures(close, "TIEREDLIMIT_CLOSE", self._given)
+        self.store: ControlStore | None = None
+        if isinstance(backend, MemoryBackend | RedisBackend | ClusterBackend):
+            self.store = control_store(backend, namespace, shards)
+        elif self._given is None:
+            raise UsageError(
+                "a stored policy needs a MemoryBackend, RedisBackend or ClusterBackend, "
+                f"got {type(backend).__name__}"
+            )
+        self.table: Table | None = None
+        if self._given is not None:
+            self.table = self._build(self._given, ())
+        self._read_file()
+        if isinstance(self.store, MemoryControl):
+            self.store.follow(self)
+        if isinstance(backend, RedisBackend | ClusterBackend):
+            backend.entered.append(self.follow)
+            backend.leaving.append(self.close)
+
+    def table_at(self, now: int) -> Table:
+        """Return the table that is for this instant.
+
+        Raises:
+            BackendError: No policy was loaded yet.
+        """
+        table = self.table
+        if table is None:
+            raise BackendError("the stored policy was not loaded yet")
+        if not table.holds(now):
+            with self._lock:
+                table = self.table = self._build(table.policy, self._overrides, self.revision, now)
+        return table
+
+    def standing(self) -> Revision:
+        """Return the revision that is followed."""
+        return self.revision
+
+    def adopt(self, revision: Revision) -> None:
+        """Follow a revision, unless it is older; what cannot be read changes nothing."""
+        with self._lock:
+            followed = self.revision
+            if revision.number < followed.number or (
+                (revision.number, revision.digest) == (followed.number, followed.digest)
+            ):
+                return
+            try:
+                policy = self._given
+                if revision.base is not None:
+                    policy = Policy.from_dict(revision.base)
+                if policy is None:
+                    raise UsageError(f"revision {revision.number} has no stored policy")
+                table = self._build(policy, revision.overrides, revision)
+            except TieredLimitError as exc:
+                kept = "what was in force stays"
+                self._complaints.log(f"revision {revision.number} cannot be used: {kept}", exc)
+                if self.table is None:
+                    return
+                # Under the new number: it was published, and there is nothing else to decide by.
+                table = self._rest_of(revision, self.table.policy)
+            else:
+                self._overrides = revision.overrides
+            self.revision, self.table = revision, table
+            self._tallies.mark()
+        self._changed(revision)
+
+    async def compare(self) -> None:
+        """Learn the store's time, even where every request is denied without asking it."""
+        backend, table = self._backend, self.table
+        if table is not None and isinstance(backend, RedisBackend | ClusterBackend):
+            # Whoever needs an answer says that there is none; of what is newer the watcher hears.
+            with suppress(BackendError):
+                await backend.take((), table.stamp(0))
+
+    def complain(self, what: str, error: Exception) -> None:
+        """Log what went wrong."""
+        self._complaints.log(what, error)
+
+    def heartbeat(self) -> Heartbeat:
+        """Return what to tell others of this process."""
+        worker = self._worker
+        if worker is None or worker[0] != os.getpid():
+            host = socket.gethostname()[:32] or "host"
+            name = "".join(c if c.isalnum() or c in "._-" else "-" for c in host)
+            name = name.encode("ascii", "replace").decode().replace("?", "-")
+            worker = (
+                os.getpid(),
+                f"{name}-{os.getpid()}-{secrets.token_hex(3)}",
+                self._backend.now(),
+            )
+            self._worker = worker
+        pid, name, started_us = worker
+        counters = {
+            "cells": self._tallies.snapshot(_MOST_CELLS),
+            "since": self._tallies.since(_MOST_CELLS),
+            "denied": self._samples.snapshot(),
+        }
+        return Heartbeat(
+            id=name,
+            host=socket.gethostname(),
+            pid=pid,
+            version=version("tieredlimit"),
+            format=FORMAT,
+            revision=self.revision.number,
+            digest=self.revision.digest,
+            started_us=started_us,
+            counters=counters,
+        )
+
+    def follow(self) -> None:
+        """Watch the store from this event loop, if that is not done already."""
+        if self.store is None or (isinstance(self.store, MemoryControl) and self._file is None):
+            return
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop in self._followers:
+                return
+            # A follower's tasks hold its event loop, which would stay for ever.
+            for ended in [other for other in self._followers if other.is_closed()]:
+                del self._followers[ended]
+            follower = self._followers[loop] = Follower(self, self.store)
+        follower.start(self._watch_file() if self._file is not None else None)
+
+    async def open(self) -> None:
+        """Follow, and load what is in force now.
+
+        Raises:
+            BackendError: A stored policy could not be loaded. Where there is another, the failure
+                is only logged.
+        """
+        if self.store is None:
+            return
+        self.follow()
+        try:
+            if not isinstance(self.store, MemoryControl):
+                await self._followers[asyncio.get_running_loop()].refresh()
+        except BackendError as exc:
+            if self.table is None:
+                raise
+            self._complaints.log("the revision in force could not be loaded", exc)
+        if self.table is None:
+            raise BackendError(
+                f'no policy is stored in the namespace "{self._namespace}"; push one: '
+                "tieredlimit policy push policy.toml"
+            )
+
+    async def catch_up(self, stale: StaleError) -> None:
+        """Load what is in force, after a shard has said that it is something else.
+
+        Raises:
+            BackendError: It cannot be loaded.
+        """
+        if stale.why == "newer" and stale.number <= self.revision.number:
+            return  # somebody else has, meanwhile
+        self.follow()
+        follower = self._followers[asyncio.get_running_loop()]
+        await follower.refresh(stale.number, other=stale.why == "other")
+
+    async def close(self) -> None:
+        """Stop following from this event loop."""
+        with self._lock:
+            follower = self._followers.pop(asyncio.get_running_loop(), None)
+        if follower is not None:
+            await follower.stop()
+        elif self.store is not None:
+            await self.store.close()  # whoever changed something here has used it
+
+    def _rest_of(self, revision: Revision, policy: Policy) -> Table:
+        """Return what can be had of a revision that is broken: its overrides, if not the policy."""
+        try:
+            table = self._build(policy, revision.overrides, revision)
+        except TieredLimitError:
+            return self._build(policy, self._overrides, revision)
+        self._overrides = revision.overrides
+        return table
+
+    def _build(
+        self,
+        policy: Policy,
+        overrides: Sequence[Override],
+        revision: Revision = NOTHING,
+        now: int | None = None,
+    ) -> Table:
+        return Table(
+            policy,
+            self._namespace,
+            self._shards,
+            overrides=(*overrides, *self._always, *self._in_file),
+            standing=(revision.number, revision.digest),
+            now=self._backend.now() if now is None else now,
+            tallies=self._tallies,
+            unknowns=self.unknowns,
+        )
+
+    async def _watch_file(self) -> None:
+        while True:
+            await asyncio.sleep(_FILE_INTERVAL)
+            self._read_file()
+
+    def _read_file(self) -> None:
+        """Take in the closures that a local file names, if it has changed."""
+        if self._file is None:
+            return
+        try:
+            with self._file.open("rb") as file:
+                text = file.read(_LONGEST_CLOSE_FILE).decode()
+        except FileNotFoundError:
+            text = ""
+        except (OSError, UnicodeDecodeError) as exc:
+            self._complaints.log(f"{self._file} cannot be read: what it closed stays closed", exc)
+            return
+        if text == self._file_text:
+            return
+        self._file_text = text
+        closures: list[Override] = []
+        for line in text.splitlines():
+            try:
+                closures += read_closures(line.partition("#")[0], str(self._file), self._given)
+            except UsageError as exc:
+                self._complaints.log("a line closes nothing", exc)
+        with self._lock:
+            self._in_file = tuple(closures)
+            if self.table is not None:
+                self.table = self._build(self.table.policy, self._overrides, self.revision)
+        self._changed(self.revision)
+
+
+def read_closures(text: str, place: str, policy: Policy | None) -> tuple[Override, ...]:
+    """Read what is closed in this process whatever is published: `video:new, image`.
+
+    Raises:
+        UsageError: A feature or a tier is unknown.
+    """
+    closures = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        feature, _, tier = item.partition(":")
+        if policy is not None:
+            for kind, name, known in (
+                ("feature", feature, list(policy.features)),
+                ("tier", tier, [one.name for one in policy.tiers]),
+            ):
+                if name not in known and (name or kind == "feature"):
+                    hint = did_you_mean(name, known)
+                    raise UsageError(f'{place}: unknown {kind} "{name:.80}"{hint}')
+        closures.append(
+            Override(
+                id="local",
+                # Above whatever is published, and without exceptions.
+                sequence=MAX_INSTANT_US,
+                action="close",
+                feature=feature,
+                who=Who(tier=tier) if tier else EVERYONE,
+                no_exceptions=True,
+                reason=place,
+            )
+        )
+    return tuple(closures)

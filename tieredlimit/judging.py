@@ -1,0 +1,102 @@
+"""From a cell, and what its buckets hold, to a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.bucket import wait_us
+from tieredlimit._core.force import reopens_in
+from tieredlimit._core.override import Override
+from tieredlimit._core.quota import MAX_AMOUNT
+from tieredlimit._core.rate import SECOND_US
+from tieredlimit._core.reading import did_you_mean
+from tieredlimit._core.table import Entry, Table
+from tieredlimit.decision import Decision
+from tieredlimit.errors import UsageError
+
+_LONGEST_NAME = 32
+
+
+def checked(table: Table, account: Account, feature: str, cost: int, now: int) -> Entry:
+    """Return the cell of an account and a feature at the instant `now`.
+
+    Raises:
+        UsageError: The feature is unknown, or the cost is none.
+    """
+    if type(cost) is not int or not 0 <= cost <= MAX_AMOUNT:
+        raise UsageError(
+            f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {_spell_cost(cost)}"
+        )
+    found = table.find(account, feature, now) if type(feature) is str else None
+    return found or named(table, table.tier_of(account, now), feature)
+
+
+def named(table: Table, tier: str, feature: str) -> Entry:
+    """Return the cell of a tier and a feature.
+
+    Raises:
+        UsageError: The feature is unknown.
+    """
+    # A feature may come from a request's body: of any type, of any length.
+    if type(feature) is not str:
+        raise UsageError(f"a feature's name is a string, got {type(feature).__name__}")
+    try:
+        return table.entry(tier, feature)
+    except KeyError:
+        known = list(table.policy.features)
+        hint = did_you_mean(feature[:_LONGEST_NAME], known)
+        raise UsageError(
+            f'unknown feature "{feature:.80}"{hint}; known are {", ".join(known)}'
+        ) from None
+
+
+def settled(entry: Entry, cost: int, *, asks: bool) -> Decision | None:
+    """Return the decision that no bucket can change, None where a store has to say something.
+
+    That is also whether an unlimited cell still is, if the store `asks` for no more than that.
+    """
+    cell = entry.cell
+    if entry.most is None:
+        if not cell.unlimited:
+            return Decision(False, "zero", cell, cost)
+        return None if asks else Decision(True, "allowed", cell, cost)
+    if cost > entry.most:
+        return Decision(False, "quota", cell, cost, None, entry.quotas)
+    return None
+
+
+def closed(
+    table: Table, entry: Entry, closure: Override, cost: int, account: Account | None, now: int
+) -> Decision:
+    """Return the denial of a closed cell; nobody's has no time at which to come back."""
+    cell = entry.cell
+    retry_after = None
+    if account is not None:
+        overrides = table.overrides.get(closure.feature, [])
+        wait = reopens_in(closure, overrides, account, cell.tier, now)
+        retry_after = None if wait is None else wait / SECOND_US
+    return Decision(False, "closed", cell, cost, retry_after)
+
+
+def denial_of(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
+    """Return the denial of a cost by buckets as they stand."""
+    # A cost that never fits is denied before any bucket is asked: every wait is known here.
+    waits = (wait_us(quota, debt, cost) for quota, debt in zip(entry.quotas, debts, strict=True))
+    latest = max(wait or 0 for wait in waits)
+    return Decision(False, "quota", entry.cell, cost, latest / SECOND_US, entry.quotas, debts)
+
+
+def judged(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
+    """Return what a take would decide of buckets as they stand."""
+    decision = denial_of(entry, cost, debts)
+    if decision.retry_after:
+        return decision
+    policy = entry.policy_field
+    return Decision(True, "allowed", entry.cell, cost, None, entry.quotas, debts, policy)
+
+
+def _spell_cost(cost: object) -> str:
+    if type(cost) is int and abs(cost) > MAX_AMOUNT**2:
+        return f"one of {cost.bit_length()} bits"  # which Python may refuse to spell
+    return f"{cost!r:.80}"
