@@ -8,18 +8,31 @@ import sys
 import click
 
 from tieredlimit import __version__
-from tieredlimit.cli import check, explain, schema, table
+from tieredlimit.cli import (
+    check,
+    control,
+    doctor,
+    explain,
+    listing,
+    policy,
+    refill,
+    schema,
+    status,
+    table,
+    watch,
+)
 
 __all__ = ["main"]
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the policy has faults, 2 wrong usage.",
+    epilog="Exit codes: 0 done, 1 not done (or faults), 2 wrong usage, 3 nobody follows, "
+    "4 partly done: run it again, 5 weaknesses.",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
-    """Look at a rate-limit policy before it is deployed, and while it is in force.
+    """Look at a rate-limit policy before it is deployed, and change it while it is in force.
 
     Where a command takes several POLICY files, each is laid over the ones before.
     """
@@ -29,5 +42,18 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-for _module in (check, table, explain, schema):
-    main.add_command(_module.command)
+_COMMANDS = (
+    check.command,
+    table.command,
+    explain.command,
+    schema.command,
+    *status.commands,
+    *control.commands,
+    *listing.commands,
+    policy.command,
+    *refill.commands,
+    watch.command,
+    doctor.command,
+)
+for _command in _COMMANDS:
+    main.add_command(_command)

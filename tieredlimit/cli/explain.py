@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 import click
+from click.core import ParameterSource
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.explanation import choose_tier, find_route, nearest_route
@@ -14,21 +15,33 @@ from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US, parse_instant
 from tieredlimit._core.reading import did_you_mean
+from tieredlimit._core.revision import NOTHING, Revision
+from tieredlimit._core.tier import Cell
 from tieredlimit.backends.memory import MemoryBackend, system_clock
 from tieredlimit.cli import policies as policy_files
+from tieredlimit.cli.accounts import account_of
 from tieredlimit.cli.explained import Explanation, document, page, request_document
+from tieredlimit.cli.inforce import Ruling, cell_under, policy_under, rule
 from tieredlimit.cli.instants import instant
 from tieredlimit.cli.requests import Request, split_words
+from tieredlimit.cli.session import (
+    NAMED,
+    POLICY,
+    REDIS,
+    Place,
+    place_of,
+    policy_of,
+    run,
+    session,
+)
 from tieredlimit.cli.terminal import echo_json, printable
 from tieredlimit.decision import Decision
 from tieredlimit.errors import UsageError
 from tieredlimit.limiter import Limiter
 
-_ANYBODY = "anybody"
-
 
 @click.command("explain")
-@click.argument("words", nargs=-1, required=True, metavar="POLICY... [METHOD PATH]")
+@click.argument("words", nargs=-1, metavar="[POLICY]... [METHOD PATH]")
 @click.option("--feature", metavar="NAME", help="Ask about a feature, instead of METHOD PATH.")
 @click.option(
     "--cost",
@@ -40,6 +53,8 @@ _ANYBODY = "anybody"
 @click.option("--plan", metavar="PLAN", help="What billing calls its plan; unknown if not given.")
 @click.option(
     "--created-at",
+    "--created",
+    "created_at",
     type=instant,
     metavar="INSTANT",
     help="When it was made: a date (midnight in UTC) or RFC 3339; unknown, if not given, is new.",
@@ -48,10 +63,19 @@ _ANYBODY = "anybody"
 @click.option("--within", metavar="NAME=ID", multiple=True, help="A subject around it; repeatable.")
 @click.option("--anonymous", is_flag=True, help="It is no account, but a client address.")
 @click.option("--at", type=instant, metavar="INSTANT", help="As of this instant, instead of now.")
+@REDIS
+@NAMED
+@POLICY
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     words: tuple[str, ...],
     *,
+    url: str | None,
+    namespace: str,
+    paths: tuple[str, ...],
     feature: str | None,
     cost: int | None,
     account_id: str | None,
@@ -66,18 +90,31 @@ def command(
     """Say what becomes of a request, and why.
 
     PATH is below the application's root path, as a client sends it; a query is ignored. METHOD of
-    a WebSocket is WS. Only the policy is read: buckets count as full.
+    a WebSocket is WS. Buckets count as full.
+
+    With --redis, or without POLICY: by the policy that is stored there, else by POLICY, and with
+    the overrides in force. Without --redis only POLICY is read, wherever TIEREDLIMIT_REDIS points.
 
     \b
     tieredlimit explain policy.toml --plan free --created-at 2026-11-20 POST /v1/videos
     tieredlimit explain policy.toml --plan pro --within org=o7 --feature video --cost 8
+    tieredlimit explain --redis redis://localhost --account u1 --plan free POST /v1/videos
     """  # noqa: D301 -- click reads the backspace
-    paths, request = split_words(words, feature)
+    explicit = ctx.get_parameter_source("url") is ParameterSource.COMMANDLINE
+    connected = explicit or (url is not None and not _has_file(words, feature))
+    files, request = split_words(words, feature, fileless=connected)
     if request is not None and cost is not None:
         raise click.UsageError("--cost goes with --feature: a request costs what its route says.")
-    account = _account(account_id, plan, created_at, tags, within, anonymous)
-    policy = policy_files.load(paths)
-    now = system_clock() // SECOND_US * SECOND_US if at is None else parse_instant(at)
+    account = account_of(account_id, plan, created_at, tags, within, anonymous)
+    head = NOTHING
+    server_now = system_clock()
+    if connected:
+        place = place_of(ctx, url, namespace, tuple(files) or paths)
+        head, server_now = run(_look(place))
+        policy = policy_of(head, place)
+    else:
+        policy = policy_files.load(files)
+    now = server_now // SECOND_US * SECOND_US if at is None else parse_instant(at)
     metered = find_route(policy, request.method, request.path) if request else None
     if metered is not None:
         name, cost = metered.feature, metered.cost
@@ -86,17 +123,27 @@ def command(
         return
     else:
         name, cost = _known_feature(policy, str(feature)), 1 if cost is None else cost
-    decision = _decide(policy, account, now, name, cost)
+    choice = choose_tier(policy, account, now)
+    winner, rulings = rule(head, name, account, choice.tier, now)
+    decision = _decide(policy, account, now, cell_under(policy, choice.tier, name, winner), cost)
+    if winner is not None and winner.action == "close":
+        wait = None if winner.end_us is None else (winner.end_us - now) / SECOND_US
+        decision = Decision(False, "closed", decision.cell, cost, wait)
     explanation = Explanation(
         request,
         metered,
         account,
         account_id is None,
         now,
-        choose_tier(policy, account, now),
+        choice,
         policy.features[name],
         decision,
-        list(_notes(policy, account, request, decision)),
+        [
+            *_notes(policy, account, request, decision),
+            *_notes_on(head, bool(files), account_id, rulings),
+        ],
+        head.number if connected else None,
+        rulings,
     )
     if as_json:
         echo_json(document(explanation))
@@ -105,28 +152,14 @@ def command(
             click.echo(line)
 
 
-def _account(
-    account_id: str | None,
-    plan: str | None,
-    created_at: datetime | None,
-    tags: Iterable[str],
-    within: Iterable[str],
-    anonymous: bool,
-) -> Account:
-    name = _ANYBODY if account_id is None else account_id
-    subjects = dict(_subject(text) for text in within)
-    try:
-        return Account(name, plan, created_at, frozenset(tags), subjects, anonymous=anonymous)
-    except UsageError as exc:
-        raise click.UsageError(printable(str(exc))) from exc
+def _has_file(words: Sequence[str], feature: str | None) -> bool:
+    """Say whether there are more words than a request has."""
+    return len(words) > (2 if feature is None else 0)
 
 
-def _subject(text: str) -> tuple[str, str]:
-    name, equals, subject = text.partition("=")
-    if not (name and equals and subject):
-        wanted = "write NAME=ID, such as org=o7"
-        raise click.BadParameter(f"got {text!r:.80}; {wanted}", param_hint="'--within'")
-    return name, subject
+async def _look(place: Place) -> tuple[Revision, int]:
+    async with session(place) as opened:
+        return await opened.store.head(), await opened.store.now()
 
 
 def _known_feature(policy: Policy, name: str) -> str:
@@ -137,11 +170,11 @@ def _known_feature(policy: Policy, name: str) -> str:
     raise click.BadParameter(f"got {name!r:.80}{hint}", param_hint="'--feature'")
 
 
-def _decide(policy: Policy, account: Account, now: int, feature: str, cost: int) -> Decision:
+def _decide(policy: Policy, account: Account, now: int, cell: Cell, cost: int) -> Decision:
     """Return the decision of a store in which every bucket is full."""
-    limiter = Limiter(policy, MemoryBackend(clock=lambda: now))
+    limiter = Limiter(policy_under(policy, cell), MemoryBackend(clock=lambda: now))
     try:
-        return asyncio.run(limiter.take(account, feature, cost))
+        return asyncio.run(limiter.take(account, cell.feature, cost))
     except UsageError as exc:
         raise click.UsageError(printable(str(exc))) from exc
 
@@ -180,3 +213,16 @@ def _notes(
         yield "a CORS preflight is never charged, nor denied"
     if request is not None and request.websocket and not decision.allowed:
         yield "a server that cannot answer a WebSocket closes it before accepting: a plain 403"
+
+
+def _notes_on(
+    head: Revision, has_files: bool, account_id: str | None, rulings: Sequence[Ruling]
+) -> Iterator[str]:
+    """Yield what is easily overlooked of a place in Redis."""
+    if has_files and head.base is not None:
+        yield f"a policy is stored in Redis (revision {head.number}), and counts instead of POLICY"
+    if account_id is None and any(
+        ruling.override.share is not None or ruling.override.who.account is not None
+        for ruling in rulings
+    ):
+        yield "an override depends on the account's id: say which with --account"

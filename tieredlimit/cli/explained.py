@@ -20,7 +20,9 @@ from tieredlimit._core.explanation import (
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.rate import spell_instant
 from tieredlimit._core.tier import Feature
+from tieredlimit.cli.inforce import Ruling
 from tieredlimit.cli.requests import Request
+from tieredlimit.cli.spelled import override_document
 from tieredlimit.cli.table import quota_document
 from tieredlimit.cli.terminal import count, printable, width
 from tieredlimit.decision import Decision
@@ -43,6 +45,8 @@ class Explanation:
         feature: What the request is metered as.
         decision: The outcome.
         notes: What is easily overlooked.
+        revision: The number of the revision in force, None where only files were read.
+        rulings: What becomes of each override of the feature.
     """
 
     request: Request | None
@@ -54,6 +58,8 @@ class Explanation:
     feature: Feature
     decision: Decision
     notes: Sequence[str]
+    revision: int | None = None
+    rulings: Sequence[Ruling] = ()
 
 
 def page(explanation: Explanation) -> Iterator[str]:
@@ -69,6 +75,9 @@ def page(explanation: Explanation) -> Iterator[str]:
         tier.append(f'leaves "{choice.tier}" at {spell_instant(at)}, in {left}, for "{then}"')
     yield from _section("tier", tier)
     yield from _section("skipped", [f"{p.tier}: {p.asks}; {p.has}" for p in choice.passed])
+    lines = [ruling.line(explanation.now) for ruling in explanation.rulings]
+    if explanation.revision is not None:
+        yield from _section("override", lines or [f"none, under revision {explanation.revision}"])
     yield from _section("quotas", list(_quotas(explanation)))
     yield from _section("answer", [_answer(decision)], "green" if decision.allowed else "red")
     if not decision.allowed:
@@ -108,7 +117,7 @@ def _quotas(explanation: Explanation) -> Iterator[str]:
     cell = explanation.decision.cell
     if cell.unlimited:
         yield "unlimited"
-    elif cell.zero:
+    elif cell.zero and explanation.decision.reason != "closed":
         yield "0: closed to this tier"
     for quota in cell.quotas:
         text = " ".join(replace(cell, quotas=(quota,)).spell().split())
@@ -140,6 +149,10 @@ def _answer(decision: Decision) -> str:
         )
     status = HTTPStatus(decision.response().status_code)
     told = f"{status.value} {status.phrase}"
+    if decision.reason == "closed":
+        wait = decision.retry_after
+        ends = "until further notice" if wait is None else f"for {spell_about(round(wait * 1e6))}"
+        return f"{told}: an override closes it {ends}"
     if cell.zero:
         return f"{told}: this tier has 0, and no waiting helps"
     smallest = min(cell.quotas, key=lambda quota: quota.capacity)
@@ -186,6 +199,7 @@ def document(explanation: Explanation) -> dict[str, object]:
     account, choice, decision = explanation.account, explanation.choice, explanation.decision
     request, metered, change = explanation.request, explanation.metered, choice.change
     created_us = account.created_us()
+    live = {} if explanation.revision is None else _live_document(explanation)
     return {
         "request": request and request_document(request),
         "metered": True,
@@ -223,6 +237,22 @@ def document(explanation: Explanation) -> dict[str, object]:
         "answer": _answer_document(decision),
         "outage": explanation.feature.outage,
         "notes": list(explanation.notes),
+        **live,
+    }
+
+
+def _live_document(explanation: Explanation) -> dict[str, object]:
+    """Return what lies above the policy; only a namespace in Redis has it."""
+    return {
+        "revision": explanation.revision,
+        "overrides": [
+            {
+                **override_document(ruling.override, explanation.now),
+                "decides": ruling.wins,
+                "why": ruling.why,
+            }
+            for ruling in explanation.rulings
+        ],
     }
 
 

@@ -27,8 +27,12 @@ class Request:
         return f"{'WebSocket' if self.websocket else self.method} {self.path}"
 
 
-def split_words(words: Sequence[str], feature: str | None) -> tuple[Sequence[str], Request | None]:
+def split_words(
+    words: Sequence[str], feature: str | None, *, fileless: bool = False
+) -> tuple[Sequence[str], Request | None]:
     """Tell the policy files from the request behind them; with a feature there is no request.
+
+    `fileless` says that the policy may come from elsewhere, and then there need be no file.
 
     Raises:
         click.UsageError: The words are neither.
@@ -36,8 +40,10 @@ def split_words(words: Sequence[str], feature: str | None) -> tuple[Sequence[str
     if feature is not None:
         if len(words) > 1 and words[-1].startswith("/") and not Path(words[-1]).exists():
             raise click.UsageError("Give METHOD PATH or --feature, not both.")
+        if not words and not fileless:
+            raise click.UsageError("Give the policy, or --redis URL for the one that is stored.")
         return words, None
-    if len(words) < 3:
+    if len(words) < (2 if fileless else 3):
         raise click.UsageError(
             "Give the policy and then the request, such as: policy.toml POST /v1/videos; "
             "or --feature NAME instead of a request."

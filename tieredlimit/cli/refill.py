@@ -1,0 +1,253 @@
+"""`tieredlimit reset` and `refund`: give an account its tokens back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import reduce
+from importlib.resources import files
+from struct import pack
+from typing import Any
+
+import click
+
+from tieredlimit._core.account import Account
+from tieredlimit._core.explanation import spell_about
+from tieredlimit._core.keys import key_prefix
+from tieredlimit._core.quota import MAX_AMOUNT
+from tieredlimit._core.reading import did_you_mean
+from tieredlimit._core.revision import Revision
+from tieredlimit._core.table import Shelf, Table
+from tieredlimit.cli import confirm
+from tieredlimit.cli.accounts import account_of
+from tieredlimit.cli.fleet import look
+from tieredlimit.cli.inforce import cell_under, pers_of, rule
+from tieredlimit.cli.instants import instant
+from tieredlimit.cli.session import Failure, Place, Session, connects, policy_of, run, session
+from tieredlimit.cli.terminal import count, echo_json, printable
+from tieredlimit.errors import UsageError
+
+_REFUND = files("tieredlimit.backends").joinpath("lua/refund.lua").read_text("utf-8")
+
+_ACCOUNT = (
+    click.option("--account", "account_id", metavar="ID", required=True, help="The account."),
+    click.option("--tier", metavar="NAME", help="Only its buckets of this tier."),
+    click.option("--plan", metavar="PLAN", help="Its plan, to find its tier."),
+    click.option("--created", "created_at", type=instant, metavar="INSTANT", help="When made."),
+    click.option("--tag", "tags", multiple=True, metavar="TAG", help="Its tag; repeatable."),
+    click.option(
+        "--within", multiple=True, metavar="NAME=ID", help="A subject around it; repeatable."
+    ),
+    click.option("--anonymous", is_flag=True, help="The id is a client address."),
+    confirm.flag,
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Say whose buckets are meant, and of which tiers.
+
+    Attributes:
+        feature: The feature.
+        account: The account.
+        tiers: The tiers.
+        sure: Whether these tiers were asked for, and are not just all there are.
+        keys: By tier and charged subject, the key in Redis; all share a hash tag.
+    """
+
+    feature: str
+    account: Account
+    tiers: Sequence[str]
+    sure: bool
+    keys: Mapping[tuple[str, str | None], str]
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    return reduce(lambda inner, option: option(inner), reversed(_ACCOUNT), command)
+
+
+@click.command("reset")
+@click.argument("feature")
+@_options
+@connects
+def reset(_ctx: click.Context, place: Place, /, *, feature: str, **given: Any) -> None:
+    """Fill all buckets that an account has for FEATURE, in every tier or the one that is named.
+
+    With --plan, --created or --tag: those of the tier that it falls in. Buckets that it shares,
+    such as its organisation's, are filled where --within names them.
+    """
+    run(_reset(place, feature, given))
+
+
+@click.command("refund")
+@click.argument("feature")
+@click.option("--tokens", type=click.IntRange(1, MAX_AMOUNT), required=True, metavar="N")
+@_options
+@connects
+def refund(
+    _ctx: click.Context, place: Place, /, *, feature: str, tokens: int, **given: Any
+) -> None:
+    """Give an account N tokens of FEATURE back, never beyond full.
+
+    Its tier is the one that is named, or that its --plan, --created and --tag say; without these,
+    the only one in which it has used anything.
+    """
+    run(_refund(place, feature, tokens, given))
+
+
+commands = (reset, refund)
+
+
+async def _reset(place: Place, feature: str, given: Mapping[str, Any]) -> None:
+    async with session(place) as opened:
+        head = await opened.store.head()
+        target = await _target(opened, head, feature, given)
+        told = f"fill the buckets of {_named(target)} for {feature} in {_tiers(target)}"
+        await _agree(opened, told, given)
+        keys = list(target.keys.values())
+        removed = await opened.nodes.ask(keys[0], "DEL", *keys)
+    if given["as_json"]:
+        listed = [{"tier": tier, "per": per} for tier, per in target.keys]
+        echo_json({"feature": feature, "account": target.account.id, "filled": removed,
+                   "looked_at": listed})  # fmt: skip
+    elif removed:
+        told = f"{_named(target)} is full again for {feature}"
+        click.echo(f"reset · {told} · {count(removed, 'key')} of buckets dropped")
+    else:
+        click.echo(f"nothing to reset · {_named(target)} has used nothing of {feature}")
+
+
+async def _refund(place: Place, feature: str, tokens: int, given: Mapping[str, Any]) -> None:
+    async with session(place) as opened:
+        head = await opened.store.head()
+        target = await _target(opened, head, feature, given)
+        told = f"give {count(tokens, 'token')} of {feature} back to {_named(target)}"
+        await _agree(opened, told, given)
+        tier = await _only_tier(opened, target)
+        rows = [] if tier is None else await _give_back(opened, head, target, tier, tokens)
+    if given["as_json"]:
+        echo_json({"feature": feature, "account": target.account.id, "tier": tier, "quotas": rows})
+        return
+    if not any(row["debt_before"] for row in rows):
+        click.echo(f"nothing to refund · {_named(target)} has used nothing of {feature}")
+    for row in rows:
+        left = row["debt_after"]
+        full = "full" if not left else f"full in {spell_about(round(left * 1e6))}"
+        if row["debt_before"]:
+            click.echo(f"refunded · {row['quota']} in tier {tier}: {full}")
+
+
+async def _target(
+    opened: Session, head: Revision, feature: str, given: Mapping[str, Any]
+) -> Target:
+    policy = policy_of(head, opened.place)
+    _check("feature", feature, list(policy.features))
+    names = [tier.name for tier in policy.tiers]
+    tier, created_at = given["tier"], given["created_at"]
+    account = account_of(
+        given["account_id"],
+        given["plan"],
+        created_at if isinstance(created_at, datetime) else None,
+        given["tags"],
+        given["within"],
+        given["anonymous"],
+    )
+    table = Table(policy, opened.place.namespace, opened.shards)
+    described = account.plan is not None or account.created_at is not None or account.tags
+    if tier is not None:
+        _check("tier", tier, names)
+        names = [tier]
+    elif described:
+        names = [table.tier_of(account, await opened.store.now())]
+    pers = pers_of(policy, head.overrides)
+    if opened.shards > 1 and pers and not account.within:
+        raise UsageError(
+            f"buckets are charged per {', '.join(sorted(pers))} as well, and lie where that is: "
+            "say which with --within NAME=ID"
+        )
+    for per in account.within:
+        if per not in pers:
+            raise UsageError(f'no quota is charged per "{per}"{did_you_mean(per, pers)}')
+    shard = table.shard_of(account)
+    keys = {
+        (name, per): Shelf(
+            (), per, key_prefix(opened.place.namespace, 0, feature, name, per), False
+        ).key(account, shard)
+        for name in names
+        for per in (None, *sorted(pers))
+    }
+    return Target(feature, account, names, bool(tier or described), keys)
+
+
+async def _agree(opened: Session, told: str, given: Mapping[str, Any]) -> None:
+    fleet = await look(opened)
+    aside = given["as_json"]
+    click.echo(fleet.banner(), err=aside)
+    click.echo(printable(told), err=aside)
+    confirm.require_consent(opened.place, fleet, yes=given["yes"], aside=aside)
+
+
+async def _only_tier(opened: Session, target: Target) -> str | None:
+    """Return the tier to refund in, None where nothing is used.
+
+    Raises:
+        Failure: It is not clear which.
+    """
+    if target.sure:
+        return target.tiers[0]
+    asked = [(key, ("EXISTS", key)) for key in target.keys.values()]
+    told = await opened.nodes.ask_all(asked)
+    used = {tier for (tier, _), there in zip(target.keys, told, strict=True) if there == 1}
+    if len(used) > 1:
+        raise Failure(
+            f"{_named(target)} has used {target.feature} in the tiers "
+            f"{', '.join(tier for tier in target.tiers if tier in used)}: say which with --tier. "
+            "Nothing was done"
+        )
+    return used.pop() if used else None
+
+
+async def _give_back(
+    opened: Session, head: Revision, target: Target, tier: str, tokens: int
+) -> list[dict[str, Any]]:
+    """Give tokens back to every bucket of a tier's cell; return what became of each."""
+    policy, now = policy_of(head, opened.place), await opened.store.now()
+    override, _ = rule(head, target.feature, target.account, tier, now)
+    quotas = cell_under(policy, tier, target.feature, override).quotas
+    if not quotas:
+        return []
+    by_key: dict[str, list[Any]] = {}
+    for quota in quotas:
+        by_key.setdefault(target.keys[tier, quota.per], []).append(quota)
+    packed = [
+        b"".join(pack("<4sd", quota.tag, float(tokens * quota.interval_us)) for quota in group)
+        for group in by_key.values()
+    ]
+    keys = list(by_key)
+    told = await opened.nodes.ask(keys[0], "EVAL", _REFUND, len(keys), *keys, *packed)
+    ordered = [quota for group in by_key.values() for quota in group]
+    return [
+        {
+            "quota": quota.name,
+            "per": quota.per,
+            "debt_before": told[2 * i] / 1e6,
+            "debt_after": told[2 * i + 1] / 1e6,
+        }
+        for i, quota in enumerate(ordered)
+    ]
+
+
+def _check(kind: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        hint = did_you_mean(name, known) or f"; the policy has {', '.join(known)}"
+        raise UsageError(f"unknown {kind} {name!r:.80}{hint}")
+
+
+def _named(target: Target) -> str:
+    return f"account {printable(target.account.id)}"
+
+
+def _tiers(target: Target) -> str:
+    return f"tier {target.tiers[0]}" if len(target.tiers) == 1 else "every tier"
