@@ -6,7 +6,7 @@ import re
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -17,6 +17,8 @@ import httpx
 
 # With the tick, 100 columns.
 _WIDTHS = (11, 31, 7, 46)
+_FOLLOW_SECONDS = 10.0
+_AT_ONCE = 20
 _EXPOSED = "access-control-expose-headers"
 
 
@@ -51,7 +53,8 @@ class Play:
         self.rows = 0
         self.differences: list[str] = []
         self._client = client
-        self._urls = cycle(urls)
+        self._all_urls = tuple(urls)
+        self._urls = cycle(self._all_urls)
 
     def scene(self, title: str) -> None:
         """Print a line above the rows that follow."""
@@ -96,6 +99,53 @@ class Play:
         status = "/".join(str(status) for status in sorted(seen))
         self._row(who, f"{request}, {size} at once", status, [counts], differs)
         return began_at
+
+    def crowd(
+        self,
+        request: str,
+        callers: Mapping[str, Mapping[str, str]],
+        inside: range | Collection[str],
+    ) -> frozenset[str]:
+        """Let each of the callers, given with their headers, ask once; return who was let in.
+
+        `inside` promises who that is, or as a range how many.
+        """
+        requests = [self._request(request, headers) for headers in callers.values()]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            statuses = [answer.status_code for answer in threads.map(self._client.send, requests)]
+        among = zip(callers, statuses, strict=True)
+        seen = frozenset(name for name, status in among if status < 300)
+        differs = []
+        if isinstance(inside, range):
+            if len(seen) not in inside:
+                differs.append(f"{len(seen)} are let in, promised {_spell_range(inside)}")
+        elif seen != set(inside):
+            others = sorted(seen.symmetric_difference(inside))
+            differs.append(f"let in or not, against the promise: {', '.join(others)}")
+        status = "/".join(str(status) for status in sorted(set(statuses)))
+        counts = _spell_counts(Counter(statuses))
+        self._row(f"{len(callers)} new", f"{request}, one each", status, [counts], differs)
+        return seen
+
+    def operate(self, verb: str, feature: str, tier: str, **given: Any) -> None:
+        """Close or open a feature for a tier, as the operator, and print that row."""
+        body = {"feature": feature, "tier": tier, **given}
+        url = f"{next(self._urls)}/operator/{verb}"
+        response = self._client.post(url, json=body)
+        said, status = _body(response), response.status_code
+        seen = f"revision {said['revision']}: {said['change']}" if "revision" in said else str(said)
+        differs = [] if response.is_success else [f"status {status}, promised 200: {seen}"]
+        self._row("operator", f"{verb} {feature}, tier {tier}", str(status), [seen], differs)
+        self._wait_for(said.get("revision", 0))
+
+    def _wait_for(self, revision: int) -> None:
+        """Wait until every process follows: closing holds at once, opening within a second."""
+        deadline = time.monotonic() + _FOLLOW_SECONDS
+        for url in self._all_urls:
+            while time.monotonic() < deadline:
+                if _body(self._client.get(f"{url}/operator"))["revision"] >= revision:
+                    break
+                time.sleep(0.02)
 
     def _request(self, request: str, headers: Mapping[str, str] | None) -> httpx.Request:
         method, path = request.split()

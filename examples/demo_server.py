@@ -22,6 +22,7 @@ START_SECONDS = 15.0
 STOP_SECONDS = 5.0
 
 _MARK = "demo-server"
+_LOGGED_LINES = 40
 
 
 class StartError(Exception):
@@ -34,11 +35,18 @@ class MediaServer:
     Args:
         environment: Variables for the server, above those that we have ourselves.
         port: Where to listen on the loopback interface; None is any free port.
+        app: The application, as uvicorn is told.
     """
 
-    def __init__(self, environment: Mapping[str, str], port: int | None = None) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        port: int | None = None,
+        app: str = "examples.media_api:app",
+    ) -> None:
         self._environment = environment
         self._port = port
+        self._app = app
         self._mark = uuid.uuid4().hex
 
     @property
@@ -52,14 +60,15 @@ class MediaServer:
         return self._process.poll() is None
 
     def log(self) -> str:
-        """Return what the server has written so far."""
+        """Return what the server has written, the last lines of it if that is much."""
         self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace").strip()
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
+        return "\n".join(lines[-_LOGGED_LINES:])
 
     def __enter__(self) -> Self:
         # Between the choice of a free port and its use, another process may take it.
         for attempts_left in reversed(range(1 if self._port else 5)):
-            self.port = self._port or _free_port()
+            self.port = self._port or free_port()
             try:
                 self._start()
             except StartError as exc:
@@ -79,7 +88,7 @@ class MediaServer:
         self._log.close()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "uvicorn", "examples.media_api:app"]
+        command = [sys.executable, "-m", "uvicorn", self._app]
         command += ["--app-dir", str(CHECKOUT), "--host", HOST, "--port", str(self.port)]
         command += ["--log-level", "warning", "--header", f"{_MARK}:{self._mark}"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the server
@@ -126,7 +135,8 @@ class MediaServer:
             self._process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -100,4 +100,5 @@ async def health(_: Request) -> Response:
 
 
 os.environ.setdefault("TIEREDLIMIT_POLICY", str(Path(__file__).with_name("policy.toml")))
-app = create_app(Limiter.from_env())
+limiter = Limiter.from_env()
+app = create_app(limiter)

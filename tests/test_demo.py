@@ -11,11 +11,16 @@ import sys
 from contextlib import contextmanager
 from threading import Timer
 from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree as ET
 
 import httpx
 import pytest
+import redis
 
-from examples.demo_server import CHECKOUT
+from examples.demo_redis import OwnRedis, connect
+from examples.demo_screen import Cell, View
+from examples.demo_server import CHECKOUT, StartError
+from examples.demo_still import draw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +34,8 @@ MAIN_ROWS = [
     ("no account", "GET /health", "200"),
     ("no account", "OPTIONS /v1/images, preflight", "200"),
     ("nova (new)", "POST /v1/images", "201"),
+    ("nova (new)", "POST /v1/videos", "202"),
+    ("operator", "close video, tier new", "200"),
     ("nova (new)", "POST /v1/videos", "403"),
     ("nova (new)", "POST /v1/videos, in French", "403"),
     ("nova (new)", "POST /v1/videos, from a page", "403"),
@@ -36,6 +43,10 @@ MAIN_ROWS = [
     ("ada (free)", "POST /v1/videos", "202"),
     ("grace (pro)", "POST /v1/videos/hd", "202"),
     ("linus (pro)", "POST /v1/videos", "429"),
+    ("40 new", "POST /v1/videos, one each", "403"),
+    ("operator", "open video, tier new", "200"),
+    ("40 new", "POST /v1/videos, one each", "202/403"),
+    ("40 new", "POST /v1/videos, one each", "202"),
     ("ada (free)", "POST /v1/images, 25 at once", "201/429"),
 ]
 
@@ -46,14 +57,14 @@ class Finished(NamedTuple):
     err: str
 
 
-def run_demo(*arguments: str) -> Finished:
-    with demo(*arguments) as process:
+def run_demo(*arguments: str, longest: float = LONGEST_SECONDS) -> Finished:
+    with demo(*arguments, longest=longest) as process:
         out, err = process.communicate()
     return Finished(process.returncode, out, err)
 
 
 @contextmanager
-def demo(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def demo(*arguments: str, longest: float = LONGEST_SECONDS) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "examples.demo", *arguments],
         cwd=CHECKOUT,
@@ -63,7 +74,7 @@ def demo(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         encoding="utf-8",
     )
     # Told to stop rather than killed, so that it takes its servers along.
-    too_late = Timer(LONGEST_SECONDS, process.terminate)
+    too_late = Timer(longest, process.terminate)
     too_late.start()
     try:
         with process:
@@ -109,11 +120,26 @@ def test_every_outcome_is_the_promised_one(in_memory: Finished) -> None:
 def test_the_table_shows_what_each_client_saw(in_memory: Finished) -> None:
     words = " ".join(in_memory.out.split())
 
-    assert "La vidéo n'est pas encore ouverte aux nouveaux comptes. Les images le sont." in words
-    assert "Video is not yet open to new accounts." in words
+    assert "La vidéo est suspendue pour les nouveaux comptes. Les images continuent." in words
+    assert "Video is paused for new accounts. Images go on." in words
+    assert "revision 1: close video for tier new" in words
+    assert "revision 2: open video for tier new, 50 %" in words
+    assert "40 x 403" in words
+    assert "40 x 202" in words
     assert '"image-minute";r=4;t=12, "image-day";r=49;t=1728' in words
     assert "Retry-After: 30 " in words
     assert "20 x 201, 5 x 429" in words
+
+
+def test_half_of_the_new_accounts_are_let_in_and_they_are_the_same_ones(
+    in_memory: Finished,
+) -> None:
+    asked = re.findall(
+        r"^✓ 40 new .* 202/403 (\d+) x 202, (\d+) x 403$", in_memory.out, re.MULTILINE
+    )
+
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
 
 
 def test_the_table_fits_into_100_columns(in_memory: Finished) -> None:
@@ -130,26 +156,22 @@ def test_runs_on_one_redis_do_not_disturb_each_other(
     for run in runs:
         assert_as_promised(run)
         assert len(re.findall(r"http://127\.0\.0\.1:\d+", run.out)) == 2
-    keys = redis_server.command("KEYS", "*")
-    assert isinstance(keys, list)
-    assert len({name for key in keys for name in re.findall(rb"demo-[0-9a-f]+", key)}) == 2
-    buckets = [key for key in keys if key.startswith(b"tl1:")]
-    assert all(int(str(redis_server.command("PTTL", key))) > 0 for key in buckets)
+    assert (
+        redis_server.command("KEYS", "*demo-*") == []
+    )  # what they have left is not theirs to keep
 
 
 def test_a_broken_promise_is_named_and_fails_the_run(tmp_path: Path) -> None:
     policy = tmp_path / "open.toml"
-    policy.write_text(
-        '[tiers.new.quotas]\nvideo = "10/minute"\n[tiers.everyone.messages]\nvideo = "No."\n'
-    )
+    policy.write_text('[tiers.new.quotas]\nimage = 0\n[tiers.everyone.messages]\nvideo = "No."\n')
 
     run = run_demo("--policy", str(policy))
 
     assert run.code == 1
-    assert "✗ nova (new), POST /v1/videos: status 202, promised 403" in run.err
+    assert "✗ nova (new), POST /v1/images: status 403, promised 201" in run.err
     assert "✗ no account, POST /v1/videos: message 'No.', promised 'Sign in" in run.err
     assert "ada" not in run.err
-    assert re.search(r"^✗ nova \(new\) +POST /v1/videos +202", run.out, re.MULTILINE)
+    assert re.search(r"^✗ nova \(new\) +POST /v1/images +403", run.out, re.MULTILINE)
     assert "as promised" not in run.out
 
 
@@ -206,6 +228,121 @@ def test_stopping_it_in_mid_play_stops_its_server() -> None:
     assert "Traceback" not in err
     with pytest.raises(httpx.ConnectError):
         httpx.get(said.split()[-1], trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    still = tmp_path_factory.mktemp("still") / "demo.svg"
+    run = run_demo("--redis", "--seconds", "10", "--still", str(still), longest=90.0)
+    return run, still
+
+
+@pytest.mark.redis
+def test_the_fleet_is_closed_reopened_and_survives_its_redis(fleet: tuple[Finished, Path]) -> None:
+    run, _ = fleet
+    words = " ".join(run.out.split())
+
+    assert run.code == 0, run
+    assert "All 8 outcomes are as promised." in run.out
+    assert "✗" not in run.out
+    assert "after that, none was admitted" in words
+    assert "4/4 workers on revision 1" in words
+    assert "none of the new accounts was let in and turned away again" in words
+    assert "videos without Redis: 503" in words
+    assert "4/4 workers on revision 2" in words.split("tieredlimit status")[1]
+
+
+@pytest.mark.redis
+def test_where_there_is_no_terminal_the_fleet_is_told_in_plain_lines(
+    fleet: tuple[Finished, Path],
+) -> None:
+    run, _ = fleet
+
+    seconds = [line for line in run.out.splitlines() if "admitted/s" in line]
+    assert len(seconds) >= 5
+    assert any(re.search(r"video: new 0 \(\d+ x 403\), free \d+, pro \d+$", s) for s in seconds)
+    assert "\x1b" not in run.out
+
+
+@pytest.mark.redis
+def test_the_still_shows_the_closure(fleet: tuple[Finished, Path]) -> None:
+    run, still = fleet
+    assert run.code == 0, run
+
+    texts = texts_of(still.read_text("utf-8"))
+
+    assert texts[0] == "Video is closed for new accounts · 4 workers, one Redis"
+    assert "$ tieredlimit close video --tier new" in " ".join(texts)
+    assert "403 Video is paused for new accounts." in " ".join(texts)
+
+
+def test_the_still_in_the_documentation_shows_the_closure() -> None:
+    texts = texts_of((CHECKOUT / "docs" / "demo.svg").read_text("utf-8"))
+
+    assert texts[texts.index("new") :][:5] == ["new", "240 accounts", "30", "0", "40 x 403"]
+    assert "docs/demo.svg" in (CHECKOUT / "README.md").read_text("utf-8")
+
+
+def test_a_still_has_the_numbers_and_what_was_typed() -> None:
+    closed = Cell(wanted=40, admitted=0, others={403: 38, 0: 1}, history=[40, 40, 21, 0, 0])
+    busy = Cell(wanted=30, admitted=29, others={}, history=[])
+    cells = {feature: {"new": closed, "a<b": busy} for feature in ("image", "video")}
+    view = View("two", {"new": 240, "a<b": 7}, cells)
+
+    drawn = draw(view, "<title>", ["$ close & open", "x " * 80])
+
+    texts = texts_of(drawn)
+    row = ["new", "240 accounts", "0", "1 x lost, 38 x 403", "0", "1 x lost, 38 x 403"]
+    assert texts[0] == "<title>"
+    assert texts[3:] == [
+        *row, "a<b", "7 accounts", "29", "29", "$ close & open", *texts[-2:]
+    ]  # fmt: skip
+    assert " ".join(texts[-2:]).split() == ["x"] * 80
+
+
+@pytest.mark.parametrize("arguments", [(), ("--redis", "redis://127.0.0.1:1/0")])
+def test_a_still_of_no_fleet_is_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    run = run_demo(*arguments, "--still", str(tmp_path / "demo.svg"))
+
+    assert run.code == 2
+    assert "wants --redis without URL" in run.err
+
+
+def test_without_a_redis_to_start_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", "")
+
+    with pytest.raises(StartError, match="apt-get install redis-server"):
+        OwnRedis()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopping_the_fleet_leaves_no_process(number: signal.Signals) -> None:
+    with demo("--redis", "--seconds", "10", longest=60.0) as process:
+        said = read_until(process, "tieredlimit watch")
+        said += read_until(process, "tieredlimit close")
+        process.send_signal(number)
+        _, err = process.communicate()
+
+    workers = re.findall(r"http://\S+", said)
+    (server,) = re.findall(r"redis://\S+", said)
+    assert process.returncode == 130
+    assert err == ""
+    assert len(workers) == 4
+    for url in workers:
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url, trust_env=False)
+    with pytest.raises(redis.ConnectionError), connect(server, 1.0) as client:
+        client.ping()
+
+
+def texts_of(svg: str) -> list[str]:
+    """Return what a well-formed drawing says, in its order."""
+    space = "{http://www.w3.org/2000/svg}"
+    root = ET.fromstring(svg)
+    assert root.tag == f"{space}svg"
+    return [text.text or "" for text in root.iter(f"{space}text")]
 
 
 def send(curl: list[str]) -> int:
