@@ -12,6 +12,8 @@ Rows of the same store take turns, round after round, and the medians of the rou
   of the loop, between decisions: that shows in the throughput and not in the latency.
 - `throttled-py`, `moderato` and `traffik` likewise: a fixed window, and two calls for two quotas.
 - `asgi-ratelimit` asks its backend as its middleware does; two quotas are one rule.
+- `no-revisions` is `tieredlimit` with calls that do not compare whether the revision under which
+  their decisions were prepared is still in force: what live control costs.
 - `EVALSHA` is redis-py alone, sending the bytes that our backend sends for one decision, made
   beforehand, on a connection per caller: one round trip without a limiter around it.
 - `redis-benchmark` is the same script with one decision a call, sent by Redis' own load generator,
@@ -72,7 +74,8 @@ from tieredlimit.backends import MemoryBackend, RedisBackend
 ACCOUNTS = 1_000
 CALLERS = (1, 8, 64)
 BASELINES = ("limits.aio", "EVALSHA")
-FLOORS = ("EVALSHA", "redis-benchmark", "nothing")
+OFF = "no-revisions"
+FLOORS = ("EVALSHA", "redis-benchmark", "nothing", OFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,10 @@ async def _operations(
         remote = await stack.enter_async_context(
             Limiter(POLICY, RedisBackend.from_url(url, timeout=TIMEOUT))
         )
+        blind = await stack.enter_async_context(
+            Limiter(POLICY, RedisBackend.from_url(url, timeout=TIMEOUT))
+        )
+        blind._comparing = None
         client = await stack.enter_async_context(Redis.from_url(url, protocol=2))
         others, left_out = await peers(stack, url)
         operations: Operations = {}
@@ -154,6 +161,7 @@ async def _operations(
         for quotas, feature in FEATURES.items():
             operations["redis", quotas] = {
                 "tieredlimit": _take(remote, feature),
+                OFF: _take(blind, feature),
                 **others["redis", quotas],
                 "EVALSHA": await _evalsha(client, feature, accounts),
             }
@@ -294,6 +302,8 @@ def _targets(runs: Runs) -> list[Target]:
                _times(runs, redis, "limits.aio")),
         Target("Redis, 64 callers, 2 quotas: fastest peer", 8, False, peer, note=who),
         Target("Redis, 64 callers, 1 quota: redis-benchmark", 0.7, False, floor),
+        Target("Redis, 64 callers, 2 quotas: without revisions", 0.9, False,
+               _times(runs, redis, OFF)),
         Target("Redis, 1 caller, p50: EVALSHA (1 quota)", 1.15, True,
                _times(runs, Cell("redis", 1, 1, "tieredlimit"), "EVALSHA", lambda r: r.p50_us)),
         Target("Redis, 1 caller, p50: EVALSHA (2 quotas)", 1.15, True,

@@ -155,14 +155,14 @@ def _whole(limiter: Limiter) -> Work:
 
 
 def _match(limiter: Limiter) -> Work:
-    match, entry_of = limiter.match, limiter._entry
+    match, find = limiter.match, limiter._table.find
 
     async def work(requests: Iterable[Request]) -> None:
         for method, path, account in requests:
             matched = match(method, path)
             if matched is None:
                 raise RuntimeError(f"{path} matches no route")
-            entry_of(account, *matched)
+            find(account, matched[0], 0)
 
     return work
 

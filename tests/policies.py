@@ -24,12 +24,14 @@ EVERY_WORD: dict[str, Any] = {
     },
     "defaults": {
         "quotas": {"image": "2/minute", "video": 0, "by-code": "unlimited"},
+        "shadow": {"video": "5/day"},
         "messages": {"image": "That is enough for now.", "video": {"en": "No.", "pt-BR": "Não."}},
     },
     "tiers": {
         "new": {
             "when": {"plan": "free", "account_age_below": "7 days"},
             "quotas": {"image": ["5/minute", "50/day", "10 per 2 weeks"]},
+            "shadow": {"image": [{"rate": "9/hour", "per": "org"}, "40/day"], "by-code": 0},
         },
         "tagged": {"when": {"tags": ["beta", "press"], "anonymous": False}},
         "strangers": {"when": {"anonymous": True, "tags": "crawler"}},

@@ -118,12 +118,12 @@ async def test_redis_is_not_called_for_a_remembered_denial(redis_url: str) -> No
     asked = 0
     take = backend.take
 
-    async def counted(charges: Sequence[Charge]) -> Reply:
+    async def counted(*asking: Any) -> Reply:
         nonlocal asked
-        asked += 1
-        return await take(charges)
+        asked += bool(asking[0])  # else it only compares revisions, beside the takes
+        return await take(*asking)
 
-    backend.take = counted  # type: ignore[method-assign]  # to count
+    backend.take = counted  # type: ignore[method-assign, assignment]  # to count
     async with Limiter(policy("2/hour"), backend) as limiter:
         decisions = [await limiter.take(ANN, "image") for _ in range(50)]
 

@@ -249,3 +249,14 @@ def test_shards_out_of_range_are_an_error(shards: int) -> None:
 )
 def test_shards_are_by_default_what_the_backend_needs(backend: str | None, shards: int) -> None:
     assert Limiter(PLAIN, backend)._table.shards == shards
+
+
+@pytest.mark.parametrize("url", ["redis://a", "redis+cluster://a:1"])
+def test_one_backend_has_one_number_of_shards_for_a_namespace(url: str) -> None:
+    backend = ClusterBackend(url) if "cluster" in url else RedisBackend.from_url(url)
+    Limiter(PLAIN, backend, namespace="media", shards=4)
+    Limiter(PLAIN, backend, namespace="media", shards=4)
+    Limiter(PLAIN, backend, namespace="other", shards=8)
+
+    with pytest.raises(UsageError, match=r'"media" has 4 shards on this backend already, got 8'):
+        Limiter(PLAIN, backend, namespace="media", shards=8)

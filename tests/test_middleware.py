@@ -1323,7 +1323,7 @@ class TestOverTheWire:
             for _ in range(2):
                 (command,) = await told(limiter, ("POST", "/videos"))
                 assert command.startswith("EVALSHA ")
-                assert " 2 tl1:{default:0}:" in command
+                assert " 3 tl1:{default:0}:revision tl1:{default:0}:" in command
             assert (
                 await told(
                     limiter, ("POST", "/zero"), ("POST", "/huge"), ("POST", "/none"), ("GET", "/")

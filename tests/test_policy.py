@@ -875,8 +875,8 @@ def test_size_of_a_policy_adds_no_step_to_a_request(routes: int, tiers: int) -> 
     tier = table.tier_of(Account("u1", plan=names[-1]), 0)
 
     assert tier == names[-1]
-    assert len(table._ranking._by_plan[names[-1]].plain) == 1
-    assert type(table._rows[-1]) is dict
+    assert len(table.ranking._by_plan[names[-1]].plain) == 1
+    assert type(table.rows[-1]) is dict
     assert table.match("GET", f"/r{routes - 1}") == ("image", 1)
 
 

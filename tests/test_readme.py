@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import shlex
+import threading
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +72,46 @@ async def test_denial_of_the_readme_is_what_a_client_sees(folder: Path) -> None:
     assert json.loads(body) == json.loads(denial.document()[1])
 
 
-def test_commands_of_the_readme_succeed(folder: Path) -> None:
+def test_commands_of_the_readme_succeed(folder: Path, redis_url: str) -> None:
     lines = [line for block in blocks(README, "console") for line in block.splitlines()]
     commands = [line.removeprefix("$ tieredlimit ") for line in lines if "$ tieredlimit" in line]
+    environment = {"TIEREDLIMIT_REDIS": redis_url, "TIEREDLIMIT_POLICY": "policy.toml"}
+    live = ("close ", "open ")
 
-    results = [CliRunner().invoke(main, command.split()) for command in commands]
+    with worker(redis_url):
+        results = [
+            # Nobody is there to be asked.
+            CliRunner().invoke(main, [*shlex.split(command), "--yes"], env=environment)
+            if command.startswith(live)
+            else CliRunner().invoke(main, shlex.split(command))
+            for command in commands
+        ]
 
     assert [result.exit_code for result in results] == [0] * len(commands) != []
+    assert sum(command.startswith(live) for command in commands) == 2
+
+
+@contextmanager
+def worker(redis_url: str) -> Iterator[None]:
+    """Let one worker follow, in an event loop and a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    limiter = Limiter("policy.toml", redis_url)
+    asyncio.run_coroutine_threadsafe(limiter.open(), loop).result()
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(limiter.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 @pytest.mark.parametrize("block", blocks(REFERENCE, "toml"))
 def test_block_of_the_policy_reference_is_a_part_of_a_policy_that_loads(block: str) -> None:
     part = tomllib.loads(block)
-    names = part.get("order") or ["new", "pro", "everyone"]
+    names = part.get("order") or ["new", "pro", "free", "everyone"]
     document: dict[str, Any] = {
         "order": names,
         "features": {"image": {}, "video": {}},

@@ -649,6 +649,24 @@ class TestOutages:
         await backend.close()
 
 
+class TestStats:
+    async def test_calls_are_counted_with_their_decisions_and_failures(
+        self, own_server: RedisServer
+    ) -> None:
+        backend = RedisBackend.from_url(own_server.url, timeout=PATIENT)
+        image = shelf(quota("500/hour"))
+        await asyncio.gather(*(backend.take([charge(image, 1, f"u{i}")]) for i in range(50)))
+        own_server.command("CONFIG", "SET", "maxmemory", "1")
+        await asyncio.gather(backend.take([charge(image)]), return_exceptions=True)
+
+        stats = backend.call_stats
+
+        assert (stats.decisions, stats.failures) == (51, 1)
+        assert stats.calls == sum(stats.by_seconds) == sum(stats.by_decisions) < 51
+        assert stats.seconds_sum > 0
+        await backend.close()
+
+
 class TestReplies:
     """Against a proxy of ours in front of the real server."""
 
