@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from tests.proxy import Proxy
 from tests.reference import Reference
 from tests.servers import Monitor, RedisServer
 from tieredlimit import BackendError
+from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.table import Shelf
 from tieredlimit.backends import Charge, RedisBackend, Reply
 from tieredlimit.backends import redis as redis_module
@@ -29,6 +31,8 @@ from tieredlimit.backends.calls import (
     Call,
     Calls,
     Script,
+    Waiting,
+    gather,
 )
 from tieredlimit.backends.replies import Answer, Refusal
 
@@ -667,3 +671,13 @@ async def test_loop_that_was_frozen_grants_one_more_timeout_and_not_as_long_agai
     await bare.expired.wait()
 
     assert delays == [bare.calls._timeout]
+
+
+def test_decisions_prepared_for_other_times_never_share_a_call() -> None:
+    async def gathered() -> list[int]:
+        loop = asyncio.get_running_loop()
+        stamps = [Stamp("test", 0, 1, "ab", 0, 9), Stamp("test", 0, 1, "ab", 9, None)]
+        queue = deque(Waiting(loop.create_future(), (), one, None) for one in stamps)
+        return [len(gather(queue)), len(gather(queue))]
+
+    assert asyncio.run(gathered()) == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -185,3 +186,30 @@ def test_denial_is_not_believed_for_longer_than_a_second_of_this_process() -> No
     assert denials.recall("ann", 1, now=0, local_us=7 + SECOND - 1) == [SECOND]
     assert denials.recall("ann", 1, now=0, local_us=7 + SECOND) is None
     assert denials.recall("ann", 1, now=0, local_us=7) is None
+
+
+@pytest.mark.fault("G4")
+async def test_denial_is_forgotten_where_an_override_gives_the_cell_other_quotas() -> None:
+    clock = Clock()
+    limiter = Limiter(policy("5/minute", "100/day"), MemoryBackend(clock=clock))
+    end = datetime.fromtimestamp(clock.now / 1e6, UTC) + timedelta(seconds=1)
+    await limiter.control.set("image", "1/minute", everyone=True, until=end)
+    assert (await limiter.take(ANN, "image")).allowed
+    clock.now += 900_000
+    assert not (await limiter.take(ANN, "image")).allowed
+
+    clock.now += 200_000
+    decision = await limiter.take(ANN, "image")
+
+    # What was used is kept; but it is judged by the policy's own quotas again.
+    assert [quota.name for quota in decision.quotas] == ["image-minute", "image-day"]
+    assert decision.retry_after == pytest.approx(10.9)
+
+
+def test_debts_of_other_quotas_are_not_recalled() -> None:
+    denials = Denials()
+    mine, others = object(), object()
+    denials.remember("u1", 1, 0, SECOND, [SECOND], 0, mine)
+
+    assert denials.recall("u1", 1, 1, 1, others) is None
+    assert denials.recall("u1", 1, 1, 1, mine) == [SECOND - 1]

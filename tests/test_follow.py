@@ -136,6 +136,7 @@ async def follower(
 ) -> AsyncIterator[Follower]:
     """One that neither watches nor beats, unless it is started."""
     monkeypatch.setattr(follow_module, "_LOST_AFTER", 0.0)
+    monkeypatch.setattr(follow_module, "_GIVEN_UP_AFTER", 0.0)
     monkeypatch.setattr(follow_module, "_COMPLETE_AFTER", (0.0, 0.0))
     follower = Follower(leader, store)
     yield follower
@@ -265,6 +266,7 @@ class TestLost:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(follow_module, "_LOST_AFTER", 0.02)
+        monkeypatch.setattr(follow_module, "_GIVEN_UP_AFTER", 0.02)
 
         await follower.refresh(9)
         await other.publish(revision(9), seen=NOTHING)

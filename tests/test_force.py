@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import event, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.test_override import close_for, moments, open_for, people, several
 from tieredlimit import Account, Policy
+from tieredlimit._core.condition import When
 from tieredlimit._core.force import overridden, reopens_in
 from tieredlimit._core.override import MAX_INSTANT_US, Override, Share, Who, choose
 from tieredlimit._core.rate import DAY_US, SECOND_US
@@ -138,6 +140,31 @@ class TestTable:
         winner = choose(overrides, account, "new", now)
         closes = winner is not None and winner.action == "close"
         assert (entry.closure is not None) == closes
+
+    def test_bounds_of_an_account_are_where_a_ramp_lets_it_in(self) -> None:
+        ramp = open_for(NEW, 2, share=Share(0, 0, 20 * SECOND_US))
+        table = Table(POLICY, "test", overrides=[close_for(NEW), ramp])
+        account = Account("ann", plan="free")
+        assert ramp.share is not None
+        enters = ramp.share.enters_at(position("video", "ann"))
+        assert enters is not None
+
+        before, times = table.look_up(account, "video", enters - 1)
+        after, later = table.look_up(account, "video", enters)
+
+        assert (said_of(before)[2], times and times[1]) == ("close-1", enters)
+        assert (said_of(after)[2], later and later[0]) == (None, enters)
+
+    def test_bounds_of_an_account_are_where_an_override_takes_it_for_older(self) -> None:
+        young = When(account_age_below_us=2 * SECOND_US)
+        table = Table(POLICY, "test", overrides=[close_for(Who(when=young))])
+        account = Account("ann", plan="free", created_at=datetime(1970, 1, 1, tzinfo=UTC))
+
+        before, times = table.look_up(account, "video", 2 * SECOND_US - 1)
+        after, later = table.look_up(account, "video", 2 * SECOND_US)
+
+        assert (said_of(before)[2], times and times[1]) == ("close-1", 2 * SECOND_US)
+        assert (said_of(after)[2], later and later[0]) == (None, 2 * SECOND_US)
 
     def test_holds_from_the_latest_edge_to_the_next(self) -> None:
         overrides = [close_for(NEW, begin_us=10, end_us=20), close_for(Who(), 2, begin_us=15)]

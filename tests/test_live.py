@@ -23,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tests.contract import Clock
 from tests.servers import Monitor, RedisServer
+from tests.test_backends import Untouched
 from tieredlimit import (
     Account,
     BackendError,
@@ -30,6 +31,7 @@ from tieredlimit import (
     Limiter,
     Policy,
     TieredLimitMiddleware,
+    UsageError,
     overrides,
 )
 from tieredlimit import follow as follow_module
@@ -79,6 +81,12 @@ def new(name: str) -> Account:
     return Account(name, plan="free")
 
 
+def patient(url: str, clock: Clock | None = None) -> Backend:
+    """Return a backend for which a late answer is no outage."""
+    kind = ClusterBackend if "+cluster" in url else RedisBackend.from_url
+    return kind(url, clock=clock, timeout=PATIENCE)
+
+
 class House:
     """Workers of one application: they share a store, and decide by one clock that stands still."""
 
@@ -95,8 +103,7 @@ class House:
     def backend(self) -> Backend:
         if self._url is None:
             return self._memory
-        kind = ClusterBackend if "+cluster" in self._url else RedisBackend.from_url
-        return kind(self._url, clock=self.clock, timeout=PATIENCE)
+        return patient(self._url, self.clock)
 
     def limiter(self, policy: Any = POLICY, backend: Backend | None = None, **more: Any) -> Limiter:
         limiter = Limiter(policy, backend or self.backend(), **more)
@@ -317,6 +324,65 @@ class TestChanging:
 
         assert await reason(worker, NEW) == "closed"
         assert [one.number for one in await worker.control.history()] == [3, 2, 1]
+
+    async def test_changes_at_the_same_time_all_count(self, house: House) -> None:
+        controls = [(await house.worker()).control for _ in range(4)]
+
+        changes = await asyncio.gather(
+            *(one.close("video", account=f"u{i}") for i, one in enumerate(controls))
+        )
+
+        assert sorted(change.revision.number for change in changes) == [1, 2, 3, 4]
+        found = {one.who.account for one in await controls[0].overrides()}
+        assert found == {"u0", "u1", "u2", "u3"}
+        assert (await controls[0].in_force()).number == 4
+
+    async def test_what_is_so_already_is_not_published_again(self, house: House) -> None:
+        control = (await house.worker()).control
+        first = await control.close("video", tier="new")
+
+        with pytest.raises(UsageError, match="image is not closed for tier new"):
+            await control.open("image", tier="new")
+
+        assert (await control.in_force()).number == first.revision.number
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({}, "say who is meant"),
+            ({"tier": "new", "everyone": True}, "say who is meant"),
+            ({"tier": "now"}, 'unknown tier "now"; did you mean "new"'),
+            ({"when": {"plam": "free"}}, "plam"),
+            ({"tier": "new", "until": datetime(2030, 1, 1)}, "until must be a datetime with a"),  # noqa: DTZ001 -- meant
+            ({"tier": "new", "till": 1}, "unknown argument 'till'"),
+            ({"tier": "new", "until": datetime(2020, 1, 1, tzinfo=UTC)}, "is past"),
+        ],
+    )
+    async def test_what_makes_no_sense_changes_nothing(
+        self, given: dict[str, Any], said: str
+    ) -> None:
+        limiter = Limiter(POLICY)
+
+        with pytest.raises(UsageError, match=said):
+            await limiter.control.close("video", **given)
+
+        assert limiter.revision[0] == 0
+
+    async def test_where_nothing_was_changed_there_is_nothing_to_undo(self, house: House) -> None:
+        worker = await house.worker()
+
+        with pytest.raises(UsageError, match="nothing was ever changed"):
+            await worker.control.undo()
+        await worker.control.close("video", tier="new", reason="melting", actor="ann")
+        await worker.control.undo(actor="ben")
+        await becomes(lambda: worker.take(NEW, "video"), "allowed")
+
+        undone, closed = await worker.control.history()
+        assert (closed.reason, closed.actor, undone.actor) == ("melting", "ann", "ben")
+
+    async def test_own_backend_has_no_control(self) -> None:
+        with pytest.raises(UsageError, match="live control needs one of our backends"):
+            _ = Limiter(POLICY, Untouched()).control
 
     async def test_peek_and_usage_say_what_a_take_would(self, house: House) -> None:
         worker = await house.worker()
@@ -953,6 +1019,7 @@ class TestLost:
         self, redis_house: House, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(follow_module, "_LOST_AFTER", 0.05)
+        monkeypatch.setattr(follow_module, "_GIVEN_UP_AFTER", 0.05)
         worker = await redis_house.worker()
         await worker.control.close("video", tier="new")
         await follows(worker, 1)
@@ -1153,10 +1220,10 @@ class TestProcesses:
     def test_child_of_a_fork_follows_by_itself(self, redis_url: str) -> None:
         run(f"""
             import asyncio, os, sys
-            from tests.test_live import NEW, POLICY, becomes, store_of
+            from tests.test_live import NEW, POLICY, becomes, patient, store_of
             from tieredlimit import Limiter
 
-            limiter = Limiter(POLICY, {redis_url!r})
+            limiter = Limiter(POLICY, patient({redis_url!r}))
 
             async def follow(reached):
                 await limiter.open()
@@ -1194,10 +1261,10 @@ class TestProcesses:
         said = run(
             f"""
             import asyncio, gc
-            from tests.test_live import NEW, POLICY, until
+            from tests.test_live import NEW, POLICY, patient, until
             from tieredlimit import Limiter
 
-            limiter = Limiter(POLICY, {request.getfixturevalue(store)!r})
+            limiter = Limiter(POLICY, patient({request.getfixturevalue(store)!r}))
 
             async def use(number):
                 assert (await limiter.take(NEW, "video")).allowed
@@ -1223,11 +1290,11 @@ class TestProcesses:
         said = run(
             f"""
             import asyncio, gc
-            from tests.test_live import POLICY
+            from tests.test_live import POLICY, patient
             from tieredlimit import Limiter
 
             async def main():
-                limiter = Limiter(POLICY, {redis_url!r})
+                limiter = Limiter(POLICY, patient({redis_url!r}))
                 await limiter.control.close("image", tier="new")
                 await limiter.close()
 
@@ -1379,3 +1446,64 @@ class TestWatched:
         assert Limiter(POLICY).policy.cell("new", "video") == Policy.from_dict(POLICY).cell(
             "new", "video"
         )
+
+
+@pytest.mark.fault("G1")
+async def test_load_that_failed_is_tried_again_though_nobody_tells_twice(redis_url: str) -> None:
+    worker = Limiter(POLICY, redis_url)
+    operator = Limiter(POLICY, redis_url)
+    store = worker._force.store
+    assert store is not None
+    head, failures = store.head, 0
+
+    async def failing_once() -> Revision:
+        nonlocal failures
+        if not failures:
+            failures += 1
+            raise BackendError("for once")
+        return await head()
+
+    async with worker, operator:
+        await operator.control.close("video", everyone=True)
+        await until(lambda: worker.revision[0] == 1)
+        store.head = failing_once  # type: ignore[method-assign]  # to fail
+
+        await operator.control.open("video", everyone=True)
+        await until(lambda: worker.revision[0] == 2)
+
+    assert failures == 1
+
+
+@pytest.mark.fault("G5")
+async def test_what_is_published_on_an_emptied_redis_is_not_undone_by_what_stood_before(
+    own_server: RedisServer,
+) -> None:
+    worker = Limiter(POLICY, own_server.url)
+    async with worker:
+        await worker.control.close("image", everyone=True)
+        await worker.control.open("image", everyone=True)
+        await until(lambda: worker.revision[0] == 2)
+        own_server.command("FLUSHALL")
+        operator = Limiter(POLICY, own_server.url)
+
+        await operator.control.close("video", everyone=True)
+        await until(lambda: worker.revision[0] > 2)
+
+        in_force = await operator.control.in_force()
+        await operator.close()
+    assert [one.feature for one in in_force.overrides] == ["video"]
+    assert in_force.number == worker.revision[0] == 3
+
+
+async def test_undo_where_nothing_older_is_kept_is_an_error(own_server: RedisServer) -> None:
+    async with Limiter(POLICY, own_server.url) as limiter:
+        await limiter.control.close("image", everyone=True)
+        await limiter.control.close("video", everyone=True)
+        await until(lambda: limiter.revision[0] == 2)
+        own_server.command("FLUSHALL")
+        store = limiter._force.store
+        assert store is not None
+        await store.seed(limiter._force.standing())
+
+        with pytest.raises(UsageError, match="what was before revision 2 is not kept any more"):
+            await limiter.control.undo()

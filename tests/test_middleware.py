@@ -303,7 +303,6 @@ async def _raw(host: str, port: int, target: str) -> bytes:
     return answer
 
 
-@pytest.mark.fault("E2")
 class Witness:
     """Be seen alive, or not."""
 
@@ -351,6 +350,7 @@ class TestAfterTheRequest:
         assert (await limiter.peek(Account("ann"), "video")).remaining == 4
 
 
+@pytest.mark.fault("E2")
 class TestStreams:
     async def test_a_stream_starts_once_and_keeps_its_bytes(self) -> None:
         chunks = [b"one", b"\x00" * 5000, b"", b"three"]

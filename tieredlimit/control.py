@@ -12,7 +12,7 @@ from tieredlimit._core.condition import read_when
 from tieredlimit._core.override import Override
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.reading import Reading
-from tieredlimit._core.revision import Revision
+from tieredlimit._core.revision import NOTHING, Revision
 from tieredlimit._core.who import Who
 from tieredlimit.backends.control import ControlStore
 from tieredlimit.errors import ConflictError, UsageError
@@ -38,9 +38,15 @@ class Control:
     others keep changing things meanwhile; then nothing was changed.
     """
 
-    def __init__(self, store: ControlStore, policy: Callable[[], Policy]) -> None:
+    def __init__(
+        self,
+        store: ControlStore,
+        policy: Callable[[], Policy],
+        standing: Callable[[], Revision] = lambda: NOTHING,
+    ) -> None:
         self._store = store
         self._policy = policy
+        self._standing = standing
 
     async def close(self, feature: str, *, no_exceptions: bool = False, **given: Any) -> Change:
         """Deny a feature; `no_exceptions` also to those of whom something else was said before."""
@@ -79,6 +85,8 @@ class Control:
         if not head.number:
             raise UsageError("nothing was ever changed: there is nothing to undo")
         before = [one for one in await self._store.history() if one.number < head.number]
+        if not before and head.number > 1:
+            raise UsageError(f"what was before revision {head.number} is not kept any more")
         previous = before[0] if before else Revision(0)
         change = overrides.undo(head, previous, now=await self._store.now(), actor=actor)
         await self._store.publish(change.revision, seen=head)
@@ -103,6 +111,8 @@ class Control:
         who = arguments.pop("who")
         for attempt in range(_ATTEMPTS):
             head = await self._store.head()
+            if head.number < self._standing().number:
+                head = await self._store.seed(self._standing())  # Redis was emptied
             policy = self._policy() if head.base is None else Policy.from_dict(head.base)
             now = await self._store.now()
             change = operation(head, policy, feature, who, now=now, **arguments, **rest)

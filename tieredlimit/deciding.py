@@ -91,7 +91,7 @@ class Deciding:
             subject = tuple(charge.key for charge in charges)
         denials = self._denials
         if denials.held:
-            debts = denials.recall(subject, cost, self.backend.now(), _local_us())
+            debts = denials.recall(subject, cost, self.backend.now(), _local_us(), entry.quotas)
             if debts is not None:
                 denial = denial_of(entry, cost, debts)
                 return self._said(entry, denial, account), entry, subject, (), None, None
@@ -117,16 +117,19 @@ class Deciding:
             return decision
         denial = denial_of(entry, cost, debts)
         wait_us = round((denial.retry_after or 0) * SECOND_US)
-        self._denials.remember(subject, cost, now, wait_us, debts, _local_us())
+        self._denials.remember(subject, cost, now, wait_us, debts, _local_us(), entry.quotas)
         return self._said(entry, denial, account)
 
-    async def _catch_up(self, stale: StaleError) -> None:
+    async def _catch_up(self, stale: StaleError) -> bool:
+        """Get hold of what is in force; say whether that has worked."""
         if stale.why == "time":
-            return  # the clock was learned from the reply
+            return True  # the clock was learned from the reply
         try:
             await self._force.catch_up(stale)
         except BackendError as exc:
             self.complaints.log("a newer revision is in force, and cannot be loaded", exc)
+            return False
+        return True
 
     def _changed(self, revision: Revision) -> None:
         self._denials.held.clear()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, Protocol
 
+from tieredlimit._core.override import MAX_TEXT
 from tieredlimit._core.revision import Revision
 from tieredlimit.backends.control import ControlStore, Heartbeat
 from tieredlimit.errors import BackendError, ConflictError, TieredLimitError
@@ -19,6 +21,7 @@ LOAD_TIMEOUT = 0.5
 """Seconds that a revision may take to be loaded, for those who wait for it."""
 # Seconds that others have to put back what a shard has heard of, before it is given up as lost.
 _LOST_AFTER = 2.0
+_GIVEN_UP_AFTER = 30.0
 # Seconds, from and to, after which whoever has seen a new revision makes sure that all shards have.
 _COMPLETE_AFTER = (0.5, 1.5)
 
@@ -62,6 +65,8 @@ class Follower:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lost: int | None = None
         self._completing = False
+        self._behind = False
+        self._catching = False
 
     def start(self, beside: Coroutine[Any, Any, None] | None = None) -> None:
         """Watch and beat from now on, in the running event loop; `beside` runs as long."""
@@ -114,34 +119,65 @@ class Follower:
     async def _load(self) -> None:
         head = await self._store.head()
         standing = self._leader.standing()
-        if head.number < standing.number:
+        if 0 < head.number < standing.number and head.made_us > standing.made_us:
+            # Published on an emptied Redis, before anybody had put back what stood: it is newer.
+            change = f"revision {head.number}, over what Redis had lost: {head.change}"
+            head = await self._republish(
+                replace(head, number=standing.number + 1, change=change[:MAX_TEXT]), head
+            )
+        elif head.number < standing.number:
             # Redis was emptied, or a failover has lost it.
             head = await self._store.seed(standing)
         if (head.number, head.digest) != (standing.number, standing.digest):
             self._leader.adopt(head)
 
+    async def _republish(self, revision: Revision, seen: Revision) -> Revision:
+        try:
+            return (await self._store.publish(revision, seen=seen)).revision
+        except ConflictError:
+            return await self._store.head()  # another worker was first
+
     def _hear(self, number: int) -> None:
         standing = self._leader.standing().number
         if number or standing:
-            self._spawn(self._catch_up())
+            self._behind = True
+            if not self._catching:
+                self._catching = True
+                self._spawn(self._catch_up())
 
     async def _catch_up(self) -> None:
-        before = self._leader.standing().number
+        """Load what was heard of, until that has worked: nobody tells twice."""
         try:
-            await self.refresh()
-            standing = self._leader.standing()
-            if standing.number > before:
-                await self._store.beat(self._leader.heartbeat())  # an operator is waiting
-                await asyncio.sleep(random.uniform(*_COMPLETE_AFTER))  # noqa: S311 -- to spread
-                await self._store.complete(standing)
+            while self._behind:
+                self._behind = False
+                before = self._leader.standing().number
+                try:
+                    await self.refresh()
+                except TieredLimitError as exc:
+                    self._leader.complain("a revision was published, and cannot be loaded", exc)
+                    self._behind = True
+                    await asyncio.sleep(BEAT_INTERVAL)
+                    continue
+                if self._leader.standing().number > before:
+                    self._spawn(self._see_through(self._leader.standing()))
+        finally:
+            self._catching = False
+
+    async def _see_through(self, standing: Revision) -> None:
+        """Tell an operator who waits, and make sure that all shards have heard."""
+        try:
+            await self._store.beat(self._leader.heartbeat())
+            await asyncio.sleep(random.uniform(*_COMPLETE_AFTER))  # noqa: S311 -- to spread
+            await self._store.complete(standing)
         except ConflictError:
             pass  # there is a newer one, which somebody else completes
         except TieredLimitError as exc:
-            self._leader.complain("a revision was published, and cannot be loaded", exc)
+            self._leader.complain(f"not all shards obey revision {standing.number}", exc)
 
     async def _find(self, number: int) -> None:
         try:
-            await asyncio.sleep(_LOST_AFTER)
+            # Who follows nothing has nothing to put there, but for others to lose.
+            await asyncio.sleep(_LOST_AFTER if self._leader.standing().number else _GIVEN_UP_AFTER)
             if self._leader.standing().number < number:
                 await self.refresh()
             standing = self._leader.standing()
@@ -169,8 +205,7 @@ class Follower:
                     await self._store.beat(self._leader.heartbeat())
                 except TieredLimitError as exc:
                     self._leader.complain("this process could not say that it lives", exc)
-                else:
-                    await self._leader.compare()
+                await self._leader.compare()
                 await asyncio.sleep(BEAT_INTERVAL)
         finally:
             # Also where an event loop ends that nobody closed the limiter in.

@@ -32,7 +32,8 @@ from tieredlimit.follow import Follower
 __all__ = ["InForce", "Stored", "stored"]
 
 # The most cells that a heartbeat tells of; the busiest come first.
-_MOST_CELLS = 200
+_MOST_CELLS = 100
+_VERSION = version("tieredlimit")
 _LONGEST_CLOSE_FILE = 64 * 1024
 _FILE_INTERVAL = 0.5
 
@@ -125,7 +126,12 @@ class InForce:
             raise BackendError("the stored policy was not loaded yet")
         if not table.holds(now):
             with self._lock:
-                table = self.table = self._build(table.policy, self._overrides, self.revision, now)
+                # Another thread may have adopted a revision meanwhile, or done the same.
+                latest = self.table or table
+                if not latest.holds(now):
+                    latest = self._build(latest.policy, self._overrides, self.revision, now)
+                    self.table = latest
+                table = latest
         return table
 
     def standing(self) -> Revision:
@@ -164,9 +170,13 @@ class InForce:
         """Learn the store's time, even where every request is denied without asking it."""
         backend, table = self._backend, self.table
         if table is not None and isinstance(backend, RedisBackend | ClusterBackend):
-            # Whoever needs an answer says that there is none; of what is newer the watcher hears.
+            # Whoever needs an answer says that there is none.
             with suppress(BackendError):
-                await backend.take((), table.stamp(0))
+                try:
+                    await backend.take((), table.stamp(0))
+                except StaleError as exc:
+                    if exc.why != "time":
+                        await self.catch_up(exc)
 
     def complain(self, what: str, error: Exception) -> None:
         """Log what went wrong."""
@@ -195,7 +205,7 @@ class InForce:
             id=name,
             host=socket.gethostname(),
             pid=pid,
-            version=version("tieredlimit"),
+            version=_VERSION,
             format=FORMAT,
             revision=self.revision.number,
             digest=self.revision.digest,

@@ -167,7 +167,7 @@ class Limiter(Deciding):
         if self._force.store is None:
             kind = type(self.backend).__name__
             raise UsageError(f"live control needs one of our backends, got {kind}")
-        return Control(self._force.store, lambda: self.policy)
+        return Control(self._force.store, lambda: self.policy, self._force.standing)
 
     @property
     def unknown_plans(self) -> int:
@@ -287,7 +287,8 @@ class Limiter(Deciding):
                 error = exc
                 # By its own clock: the nodes of a cluster need not agree on the time.
                 at = exc.now if exc.why == "time" else 0
-                await self._catch_up(exc)
+                if not await self._catch_up(exc):
+                    break
                 if rematch is not None:
                     feature, cost = rematch()
             except BackendError as exc:

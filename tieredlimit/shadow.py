@@ -98,7 +98,9 @@ class Shadows:
         charges = [Charge(shelf.key(account, shard), shelf, cost) for shelf in entry.shelves]
         subject = tuple(charge.key for charge in charges)
         if self._denials.held:
-            debts = self._denials.recall(subject, cost, self._backend.now(), _local_us())
+            debts = self._denials.recall(
+                subject, cost, self._backend.now(), _local_us(), entry.quotas
+            )
             if debts is not None:
                 self._said(entry, denial_of(entry, cost, debts), account)
                 return
@@ -149,7 +151,7 @@ class Shadows:
         else:
             decision = denial_of(entry, cost, debts)
             wait_us = round((decision.retry_after or 0) * SECOND_US)
-            self._denials.remember(subject, cost, now, wait_us, debts, _local_us())
+            self._denials.remember(subject, cost, now, wait_us, debts, _local_us(), entry.quotas)
         self._said(entry, decision, account)
 
     def _said(self, entry: Entry, decision: Decision, account: Account) -> None:

@@ -22,7 +22,7 @@ class Denials:
     __slots__ = ("held",)
 
     def __init__(self) -> None:
-        self.held: dict[object, tuple[int, int, int, int, Sequence[int]]] = {}
+        self.held: dict[object, tuple[int, int, int, int, Sequence[int], object]] = {}
 
     def remember(
         self,
@@ -32,24 +32,30 @@ class Denials:
         wait_us: int,
         debts: Sequence[int],
         local_us: int,
+        quotas: object = None,
     ) -> None:
-        """Keep a denial of `cost` that ends `wait_us` from now, or sooner."""
+        """Keep a denial of `cost` that ends `wait_us` from now, or sooner.
+
+        `quotas` are whose debts these are: an override that begins or ends gives a cell others.
+        """
         if len(self.held) >= MOST:
             # Whoever is dropped is asked about once more; that is all.
             self.held.clear()
         lasts = min(wait_us, LONGEST_US)
-        self.held[key] = (cost, now, now + lasts, local_us + lasts, debts)
+        self.held[key] = (cost, now, now + lasts, local_us + lasts, debts, quotas)
 
-    def recall(self, key: object, cost: int, now: int, local_us: int) -> list[int] | None:
+    def recall(
+        self, key: object, cost: int, now: int, local_us: int, quotas: object = None
+    ) -> list[int] | None:
         """Return the debts as of now if the cost is still denied, None if the store must say."""
         denial = self.held.get(key)
         if denial is None:
             return None
-        denied_cost, since, until, local_until, debts = denial
+        denied_cost, since, until, local_until, debts, of = denial
         if local_us >= local_until or not since <= now < until:
             self.held.pop(key, None)  # another thread may have been here
             return None
-        if cost < denied_cost:
+        if cost < denied_cost or of is not quotas:
             return None
         elapsed = now - since
         return [debt - elapsed if debt > elapsed else 0 for debt in debts]

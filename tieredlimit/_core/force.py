@@ -36,20 +36,28 @@ class Variants(Generic[E]):
         made: What each override makes of it, by the override's id.
     """
 
-    __slots__ = ("_base", "_made", "_overrides", "_tier")
+    __slots__ = ("_base", "_by_account", "_made", "_others", "_tier")
 
     def __init__(
         self, overrides: Sequence[Override], tier: str, base: E, made: dict[str, E]
     ) -> None:
-        self._overrides = overrides
+        self._by_account: dict[str, list[Override]] = {}
+        self._others = [one for one in overrides if one.who.account is None]
+        for one in overrides:
+            if one.who.account is not None:
+                self._by_account.setdefault(one.who.account, []).append(one)
         self._tier = tier
         self._base = base
         self._made = made
 
     def of(self, account: Account, now: int) -> tuple[E, int, int | None]:
         """Return what it is for an account, and the instants around `now` for which that holds."""
-        winner = choose(self._overrides, account, self._tier, now)
-        since, before = settled(self._overrides, account, now)
+        overrides = self._others
+        own = self._by_account.get(account.id)
+        if own is not None:
+            overrides = [*overrides, *own]
+        winner = choose(overrides, account, self._tier, now)
+        since, before = settled(overrides, account, now)
         return (self._base if winner is None else self._made[winner.id]), since, before
 
 
@@ -98,6 +106,11 @@ def reopens_in(
     Where many wait for the same instant each is told a time of its own, only ever later.
     """
     place = position(closure.feature, account.id)
+    overrides = [
+        one
+        for one in overrides
+        if one.who.account in (None, account.id) and one.who.tier in (None, tier)
+    ]
     shared: set[int] = set()
     own: set[int] = set()
     for one in overrides:

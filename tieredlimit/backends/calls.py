@@ -375,9 +375,9 @@ def _alike(one: Stamp | None, other: Stamp | None) -> bool:
     """Say whether decisions of two stamps may share a call of one server."""
     if one is None or other is None:
         return one is other
-    # Not of two namespaces either: each has shards of its own.
-    return (
-        one.revision == other.revision and one.tag.partition(":")[0] == other.tag.partition(":")[0]
+    # Nor of two tables of one revision, or of two namespaces: each has shards of its own.
+    return (one.revision, one.since, one.before, one.tag.partition(":")[0]) == (
+        *(other.revision, other.since, other.before, other.tag.partition(":")[0]),
     )
 
 
