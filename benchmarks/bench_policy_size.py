@@ -188,7 +188,14 @@ def _targets(runs: Mapping[Size, Sequence[float]]) -> list[Target]:
         "3 -> 50 tiers that only tags tell apart": Size(5, 50, "by tag"),
     }
     return [
-        Target(question, 1.2, True, ratio(runs[size], runs[SMALL]), note="a whole request")
+        Target(
+            question,
+            1.2,
+            True,
+            ratio(runs[replace(size, what=what)], runs[replace(SMALL, what=what)]),
+            note=note,
+        )
+        for what, note in (("request", "a whole request"), ("match", "match, tier and cell"))
         for question, size in pairs.items()
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from tests.clusters import RedisCluster, RedisSentinels
 from tests.servers import NoServerError, RedisServer, find_server, server_version
@@ -24,14 +24,7 @@ SERVER_FIXTURES = {
     *("redis_cluster", "cluster_url", "own_cluster", "sentinels"),
 }
 
-settings.register_profile(
-    "default",
-    deadline=None,
-    derandomize=False,
-    print_blob=True,
-    # Time says how busy the machine is, and nothing about the code.
-    suppress_health_check=[HealthCheck.too_slow],
-)
+settings.register_profile("default", deadline=None, derandomize=False, print_blob=True)
 # Repeatable: a red run in CI has its cause in the change. New examples are for the runs at home.
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
