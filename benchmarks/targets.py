@@ -24,6 +24,7 @@ ORDER = (
     "denied",
     "call_length",
     "cluster",
+    "capacity",
 )
 """The benchmarks, in the order in which they are run and shown."""
 

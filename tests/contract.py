@@ -14,7 +14,7 @@ from tieredlimit._core.account import Account
 from tieredlimit._core.bucket import wait_us
 from tieredlimit._core.keys import key_prefix
 from tieredlimit._core.quota import Quota, parse_quota_rate
-from tieredlimit._core.table import Shelf
+from tieredlimit._core.shelf import Shelf
 from tieredlimit.backends import Backend, Charge, Reply
 
 SECOND = 1_000_000

@@ -19,8 +19,25 @@ EVERY_WORD: dict[str, Any] = {
     "order": ["new", "tagged", "strangers", "old", "pro", "plus", "everyone"],
     "features": {
         "image": {"routes": ["POST|PUT /v1/images", "* /v1/images/{id}", "GET /f/{rest:path}"]},
-        "video": {"routes": {"POST /v1/videos": 1, "POST /v1/videos/hd": 8}, "outage": "deny"},
-        "by-code": {"outage": "allow"},
+        "video": {
+            "routes": {"POST /v1/videos": 1, "POST /v1/videos/hd": 8},
+            "outage": "deny",
+            "pool": "gpu",
+            "refund_on": [500, 503],
+            "refund_on_exception": False,
+        },
+        "by-code": {
+            "outage": "allow",
+            "pool": {"rate": "9/second", "capacity": 900, "leave": {"new": 20}, "slices": 4},
+        },
+    },
+    "pools": {
+        "gpu": {
+            "rate": "600/minute",
+            "leave": {"new": "50%", "everyone": "33.3 %", "pro": 0},
+            "concurrency": 40,
+            "lease": "15 minutes",
+        },
     },
     "defaults": {
         "quotas": {"image": "2/minute", "video": 0, "by-code": "unlimited"},
@@ -47,7 +64,13 @@ EVERY_WORD: dict[str, Any] = {
             "quotas": {
                 "image": "unlimited",
                 "video": [
-                    {"rate": "200/day", "capacity": 20, "name": "own"},
+                    {
+                        "rate": "200/day",
+                        "capacity": 20,
+                        "name": "own",
+                        "concurrency": 3,
+                        "lease": "10 minutes",
+                    },
                     {"rate": "5000/day", "per": "org"},
                 ],
             },
@@ -73,6 +96,14 @@ def with_cell(cell: object, *, feature: str = "image", routes: object = None) ->
     return {
         "features": {feature: {"routes": [] if routes is None else routes}},
         "tiers": {"everyone": {"quotas": {feature: cell}}},
+    }
+
+
+def with_feature(**said: object) -> dict[str, Any]:
+    """Return a document of one tier and one feature that says this, its cell being generous."""
+    return {
+        "features": {"image": said},
+        "tiers": {"everyone": {"quotas": {"image": "1000/minute"}}},
     }
 
 

@@ -20,8 +20,8 @@ from tests.proxy import Proxy
 from tests.reference import Reference
 from tests.servers import Monitor, RedisServer
 from tieredlimit import BackendError
+from tieredlimit._core.shelf import Shelf
 from tieredlimit._core.stamp import Stamp
-from tieredlimit._core.table import Shelf
 from tieredlimit.backends import Charge, RedisBackend, Reply
 from tieredlimit.backends import redis as redis_module
 from tieredlimit.backends.calls import (

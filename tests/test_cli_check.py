@@ -106,6 +106,7 @@ def test_json_counts_and_lists_warnings(policy: Path, strict: tuple[str, ...], o
         "features": 1,
         "quotas": 1,
         "routes": 1,
+        "pools": 0,
     }
 
 

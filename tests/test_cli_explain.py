@@ -253,7 +253,7 @@ def test_unlimited_says_that_the_response_says_nothing() -> None:
     assert page[-3:] == [
         "quotas    unlimited",
         "answer    allowed: nothing limits it, and the response says nothing of limits",
-        "outage    the same while Redis cannot answer: it is not asked",
+        "outage    allowed, and not counted, while Redis cannot answer",
     ]
 
 

@@ -191,6 +191,238 @@ def test_refund_of_an_unlimited_cell_is_nothing(workers: Workers) -> None:
     assert "nothing to refund" in run(workers, *words).stdout
 
 
+# --- with a pool, and with slots
+
+POOLED = """
+order = ["new", "shut", "everyone"]
+[features.video]
+pool = { rate = "10/day", leave = { new = 2 }, concurrency = 9, lease = "1 hour" }
+[features.clip]
+pool = "cut"
+[features.text]
+[pools.cut]
+rate = "1000/day"
+slices = 4
+[defaults]
+quotas.text = "9/day"
+quotas.clip = "9/day"
+quotas.video = [
+    { rate = "9/day", concurrency = 3, lease = "1 hour" },
+    { rate = "99/day", per = "org", concurrency = 5, lease = "1 hour" },
+]
+[tiers.new]
+when = { plan = "free" }
+[tiers.shut]
+when = { plan = "shut" }
+quotas.video = 0
+[tiers.everyone]
+"""
+WITHIN = Account("u1", "free", within={"org": "o7"})
+YES = ("--account", "u1", "--yes")
+
+
+@pytest.fixture
+def pooled(tmp_path: Path) -> Path:
+    path = tmp_path / "pooled.toml"
+    path.write_text(POOLED, "utf-8")
+    return path
+
+
+def hold(
+    workers: Workers, policy: Path, account: Account, feature: str, count: int, shards: int = 16
+) -> Decision:
+    """Take so many, one by one, and hold their slots; return what a take would get then."""
+
+    async def take_all() -> Decision:
+        async with Limiter(policy, workers.url, namespace=TEAM, shards=shards) as limiter:
+            for _ in range(count):
+                (await limiter.take(account, feature)).raise_if_denied()
+            return await limiter.peek(account, feature)
+
+    return asyncio.run(take_all())
+
+
+def free_of(decision: Decision) -> dict[str, int | None]:
+    """Return the tokens in each bucket, and in the pool."""
+    left = {quota.name: quota.remaining for quota in decision.quotas}
+    return left | ({decision.pool.name: decision.pool.remaining} if decision.pool else {})
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 16])
+def test_reset_finds_the_shard_of_a_feature_s_pool(
+    workers: Workers, pooled: Path, shards: int
+) -> None:
+    used = hold(workers, pooled, WITHIN, "video", 2, shards)
+    words = ["--within", "org=o7", "--policy", pooled]
+
+    told = as_json(workers, "reset", "video", *YES, *words)
+
+    filled = hold(workers, pooled, WITHIN, "video", 0, shards)
+    assert free_of(used) == {"video-day": 7, "video-day-org": 97, "video": 8}
+    assert told["filled"] == 2
+    assert free_of(filled) == {"video-day": 9, "video-day-org": 99, "video": 8}
+
+
+@pytest.mark.parametrize("shards", [1, 16])
+def test_reset_finds_each_slice_of_a_pool(workers: Workers, pooled: Path, shards: int) -> None:
+    accounts = [Account(f"u{i}", within={"org": f"o{i}"}) for i in range(6)]
+    for account in accounts:
+        hold(workers, pooled, account, "clip", 2, shards)
+
+    for i, account in enumerate(accounts):
+        words = ["--account", account.id, "--within", f"org=o{i}", "--policy", pooled, "--yes"]
+
+        assert as_json(workers, "reset", "clip", *words)["filled"] == 1
+        assert hold(workers, pooled, account, "clip", 0, shards).remaining == 9
+
+
+def test_whole_pool_has_one_shard_and_needs_no_subject_to_find_it(
+    workers: Workers, pooled: Path
+) -> None:
+    hold(workers, pooled, NEW, "video", 2)
+    hold(workers, pooled, NEW, "clip", 2)
+
+    found = as_json(workers, "reset", "video", *YES, "--policy", pooled)
+    unsure = run(workers, "reset", "clip", *YES, "--policy", pooled)
+
+    assert found["filled"] == 2  # the second one stands in for the organisation
+    assert unsure.exit_code == 1
+    assert "say which with --within NAME=ID" in unsure.stderr
+
+
+def test_feature_without_a_pool_is_where_its_account_is(workers: Workers, pooled: Path) -> None:
+    hold(workers, pooled, WITHIN, "text", 2)
+
+    told = as_json(workers, "reset", "text", *YES, "--within", "org=o7", "--policy", pooled)
+
+    assert told["filled"] == 1
+    assert hold(workers, pooled, WITHIN, "text", 0).remaining == 9
+
+
+def test_reset_of_a_tier_at_zero_finds_what_an_override_has_charged(
+    workers: Workers, pooled: Path
+) -> None:
+    hold(workers, pooled, NEW, "video", 0)  # its layout is noted
+    run(workers, "set", "video", "7/day", "--tier", "shut", "--policy", pooled, "--yes")
+    shut = Account("u1", "shut")
+    hold(workers, pooled, shut, "video", 3)
+
+    told = as_json(workers, "reset", "video", *YES, "--tier", "shut", "--policy", pooled)
+
+    assert told["filled"] == 1
+    assert hold(workers, pooled, shut, "video", 0).remaining == 7
+
+
+def test_override_that_alone_charges_an_organisation_moves_the_account_s_buckets(
+    workers: Workers, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.toml"
+    path.write_text('[features.a]\n[tiers.t]\nquotas.a = "9/day"\n', "utf-8")
+    accounts = [Account(f"u{i}", within={"org": f"team-{i}"}) for i in range(4)]
+    hold(workers, path, accounts[0], "a", 0)
+    per_org = '{ rate = "7/day", per = "org" }'
+    run(workers, "set", "a", "8/day", per_org, "--all", "--policy", path, "--yes")
+
+    for i, account in enumerate(accounts):
+        hold(workers, path, account, "a", 2)
+        words = ["--account", account.id, "--within", f"org=team-{i}", "--policy", path, "--yes"]
+
+        assert as_json(workers, "reset", "a", *words)["filled"] == 2
+
+
+def test_reset_leaves_slots_alone_and_says_how_many_are_held(
+    workers: Workers, pooled: Path
+) -> None:
+    hold(workers, pooled, NEW, "video", 2)
+
+    shown = run(workers, "reset", "video", *YES, "--policy", pooled).stdout.splitlines()
+
+    after = hold(workers, pooled, NEW, "video", 0)
+    assert shown[-2].startswith("reset · account u1 is full again for video")
+    assert shown[-1] == "slots · 4 held, and left so: --slots frees them, too"
+    assert [slot.held for slot in after.slots] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("shards", [1, 16])
+def test_reset_frees_the_account_s_slots_and_not_the_pool_s(
+    workers: Workers, pooled: Path, shards: int
+) -> None:
+    hold(workers, pooled, WITHIN, "video", 3, shards)
+    other = Account("u2", "free", within={"org": "o8"})
+    hold(workers, pooled, other, "video", 1, shards)
+    words = ["--slots", "--within", "org=o7", "--policy", pooled]
+
+    shown = run(workers, "reset", "video", *YES, *words).stdout.splitlines()
+
+    after = hold(workers, pooled, WITHIN, "video", 0, shards)
+    assert shown[1] == ("fill the buckets of account u1 for video in every tier, and free 6 slots")
+    assert shown[-2:] == [
+        "slots · 6 freed",
+        "pool video · its slots stay held until their jobs or leases end",
+    ]
+    assert [slot.held for slot in after.slots] == [0, 0, 4]
+    kept = hold(workers, pooled, other, "video", 0, shards)
+    assert [slot.held for slot in kept.slots] == [1, 1, 4]
+
+
+def test_reset_of_slots_of_one_tier_leaves_those_of_others(workers: Workers, pooled: Path) -> None:
+    hold(workers, pooled, NEW, "video", 1)
+    hold(workers, pooled, Account("u1"), "video", 2)
+    words = ["reset", "video", *YES, "--slots", "--tier", "everyone", "--policy", pooled]
+
+    told = as_json(workers, *words)
+    again = run(workers, *words).stdout
+
+    assert (told["slots_held"], told["slots_freed"]) == (4, 4)
+    assert [slot.held for slot in hold(workers, pooled, NEW, "video", 0).slots] == [1, 1, 3]
+    assert "nothing to reset" in again
+    assert "slots · none was held" in again
+
+
+def test_reset_without_slots_says_nothing_of_them(workers: Workers, pooled: Path) -> None:
+    hold(workers, pooled, WITHIN, "text", 2)
+    words = ["--within", "org=o7", "--policy", pooled]
+
+    assert "slots" not in run(workers, "reset", "text", *YES, *words).stdout
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 16])
+def test_refund_gives_back_to_the_account_and_not_to_the_pool(
+    workers: Workers, pooled: Path, shards: int
+) -> None:
+    hold(workers, pooled, WITHIN, "video", 3, shards)
+    words = ["--tokens", "2", "--within", "org=o7", "--policy", pooled]
+
+    shown = run(workers, "refund", "video", *YES, *words).stdout.splitlines()
+    told = as_json(workers, "refund", "video", *YES, *words)
+
+    assert shown[1] == "give 2 tokens of video back to account u1, and none to pool video"
+    assert shown[-1] == "pool video · stays as it is: only the account was given back to"
+    assert (told["tier"], told["pool"]) == ("new", "video")
+    after = hold(workers, pooled, WITHIN, "video", 0, shards)
+    assert free_of(after) == {"video-day": 9, "video-day-org": 99, "video": 7}
+
+
+def test_refund_says_nothing_of_a_pool_where_there_is_none(workers: Workers, pooled: Path) -> None:
+    hold(workers, pooled, WITHIN, "text", 3)
+    words = ["--tokens", "2", "--within", "org=o7", "--policy", pooled]
+
+    shown = run(workers, "refund", "text", *YES, *words).stdout
+
+    assert "refunded · text-day in tier new" in shown
+    assert "pool" not in shown
+
+
+@pytest.mark.parametrize("words", [["--slots"], ["--tokens", "1"]])
+def test_slots_go_with_reset_and_tokens_with_refund(workers: Workers, words: list[str]) -> None:
+    verb = "refund" if words == ["--slots"] else "reset"
+
+    result = run(workers, verb, "image", *YES, *words)
+
+    assert result.exit_code == 2
+    assert words[0] in result.stderr
+
+
 # --- the script
 
 
@@ -199,7 +431,7 @@ def evaluate(workers: Workers, keys: list[str], *given: bytes) -> Any:
         store: Any = control_store(RedisBackend.from_url(workers.url), TEAM, 1)
         nodes = store._sessions.nodes()
         try:
-            return await nodes.ask(keys[0], "EVAL", _REFUND, len(keys), *keys, *given)
+            return await nodes.ask(keys[0], "EVAL", _REFUND, len(keys), *keys, *given, "")
         finally:
             await store.close()
 

@@ -203,6 +203,8 @@ def test_json_has_cells_with_their_quotas() -> None:
         "interval": 17.28,
         "window": 86400.0,
         "per": "org",
+        "concurrency": None,
+        "lease": None,
     }
 
 

@@ -16,7 +16,7 @@ from tests.contract import DAY, HOUR, SECOND, START, Clock, charge, quota, shelf
 from tests.reference import Reference
 from tests.servers import RedisServer
 from tieredlimit._core.quota import Quota
-from tieredlimit._core.table import Shelf
+from tieredlimit._core.shelf import Shelf
 from tieredlimit.backends import Charge, MemoryBackend, RedisBackend, Reply
 
 YEAR_2200 = 7_258_118_400 * SECOND

@@ -218,9 +218,9 @@ def test_one_error_lists_every_fault() -> None:
     document = {
         "ordr": [],
         "order": ["new", "fre"],
-        "pools": {},
+        "pools": {"gpu": {"rate": "5/mont", "leave": {"fre": 5}}},
         "features": {
-            "image": {"routes": ["POST v1", "POST /v1"], "outages": "deny", "refund_on": [500]},
+            "image": {"routes": ["POST v1", "POST /v1"], "outages": "deny", "refund_on": [200]},
             "Video": {"routes": 5, "outage": "block", "pool": {}},
         },
         "defaults": {"quota": {}, "messages": {"image": ""}},
@@ -231,9 +231,10 @@ def test_one_error_lists_every_fault() -> None:
     }
 
     assert faults(document).keys() == {
-        "ordr", "pools", "order", "order[1]",
-        "features.image.routes[0]", "features.image.outages", "features.image.refund_on",
-        "features.Video", "features.Video.routes", "features.Video.outage", "features.Video.pool",
+        "ordr", "pools.gpu.rate", "pools.gpu.leave.fre", "order", "order[1]",
+        "features.image.routes[0]", "features.image.outages", "features.image.refund_on[0]",
+        "features.Video", "features.Video.routes", "features.Video.outage",
+        "features.Video.pool.rate",
         "defaults.quota", "defaults.messages.image",
         "tiers.new.when.plan", "tiers.new.quotas.imge", "tiers.new.quotas.image",
         "tiers.new.quotas.Video", "tiers.free.extends", "tiers.free.quotas.image",
@@ -245,8 +246,8 @@ def test_error_names_its_source_and_counts_its_faults() -> None:
         Policy.from_dict({}, source="the document")
     assert str(caught.value).startswith("the document: 2 faults\n  features: is empty")
 
-    with pytest.raises(PolicyError, match=r"^policy: 1 fault\n  pools: is not supported yet$"):
-        Policy.from_dict({**SMALLEST, "pools": {}})
+    with pytest.raises(PolicyError, match=r"^policy: 1 fault\n  pools: must be a table, got 5$"):
+        Policy.from_dict({**SMALLEST, "pools": 5})
 
 
 @pytest.mark.parametrize(
@@ -353,11 +354,6 @@ def test_outage_is_allow_or_deny(outage: object, told: str) -> None:
 
 
 # --- Faults: cells and messages
-
-
-@pytest.mark.parametrize("word", ["concurrency", "lease"])
-def test_word_of_a_later_release_is_told_as_such(word: str) -> None:
-    assert cell_faults({"rate": "5/minute", word: 1}) == {f".{word}": "is not supported yet"}
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,24 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.policies import EVERY_WORD, SMALLEST, valid_documents, with_cell, with_whens
+from tests.policies import (
+    EVERY_WORD,
+    SMALLEST,
+    valid_documents,
+    with_cell,
+    with_feature,
+    with_whens,
+)
 from tieredlimit import Account, Policy, PolicyError
-from tieredlimit._core import cells, condition, document, features, rows
+from tieredlimit._core import cells, condition, document, features, pool, rows
 from tieredlimit._core.table import Table
 
 WORDS = [
-    *document.WORDS, *features.WORDS, *rows.WORDS, *cells.WORDS, *condition.WORDS,
-    "pools", "pool", "refund_on", "concurrency", "lease", "image", "video", "everyone", "new",
+    *document.WORDS, *features.WORDS, *rows.WORDS, *cells.WORDS, *condition.WORDS, *pool.WORDS,
+    "image", "video", "everyone", "new", "gpu", "50%", "100%", "0.0001%",
     "unlimited", "allow", "local", "POST /v1/images", "GET /{x:path}", "5/minute", "5/month",
-    "7 days", "2026-11-20T18:00:00Z", "en", "", "9" * 5_000 + "/day", "\x00", "\ud800", "{", "a.b",
+    "7 days", "2026-11-20T18:00:00Z", "en", "", "9" * 5_000 + "/day", "9" * 5_000 + "%", "\x00",
+    "\ud800", "{", "a.b",
 ]  # fmt: skip
 EXTREMES = [
     math.nan, math.inf, -math.inf, 10**400, 10**9, 10**9 + 1, 2**63, -1, 0, 1,
@@ -71,6 +79,10 @@ def _use(policy: Policy) -> None:
         for word in tier_read.when.words() if tier_read.when else ():
             assert tier_read.when is not None
             assert tier_read.when.spell(word)
+        for shared in (one.pool for one in policy.features.values() if one.pool):
+            assert shared.spell()
+            assert shared.seen_by(tier_read.name).leave < shared.slice.capacity
+            assert shared.seen_by(tier_read.name).concurrency != 0
     for entry in table.row(tier).values():
         assert entry.cell.spell()
         assert all(shelf.key(account) for shelf in entry.shelves)
@@ -155,6 +167,14 @@ def test_every_place_takes_every_extreme(path: tuple[Any, ...]) -> None:
 @example([["5/minute"], {}])
 def test_any_cell_is_a_policy_or_a_policy_error(cell: Any) -> None:
     read(with_cell(cell))
+
+
+@given(st.dictionaries(st.sampled_from(pool.WORDS) | keys, values), values)
+@example({"rate": "5/minute", "leave": {7: "50%"}}, ["gpu"])
+@example({"rate": "5/minute", "concurrency": 9, "lease": "1 day", "slices": 1_024}, "gpu")
+def test_any_pool_is_a_policy_or_a_policy_error(said: Any, used: Any) -> None:
+    read({**with_feature(pool=said), "pools": {"gpu": said}})
+    read({**with_feature(pool=used), "pools": {"gpu": said, 7: said}})
 
 
 @given(st.dictionaries(st.sampled_from(condition.WORDS) | keys, values))

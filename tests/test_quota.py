@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tieredlimit._core.bucket import debit, settle_instant
+from tieredlimit._core.bucket import debit, remaining, settle_instant, wait_us
 from tieredlimit._core.quota import MAX_AMOUNT, Quota, interval_of, parse_quota_rate
 from tieredlimit._core.rate import DAY_US, SECOND_US, TEN_YEARS_US, Rate
 
@@ -31,6 +32,45 @@ def test_window_and_clamp_are_the_buckets_own() -> None:
     assert bucket.interval_us == 12 * SECOND_US
     assert bucket.window_us == 20 * 12 * SECOND_US
     assert bucket.clamp_us == 2 * bucket.window_us
+    assert bucket.reach_us == bucket.window_us
+
+
+def test_what_must_be_left_shortens_the_reach_and_nothing_else() -> None:
+    whole = quota("5/minute", 20)
+
+    bucket = replace(whole, leave=8)
+
+    assert bucket.reach_us == 12 * bucket.interval_us
+    assert (bucket.window_us, bucket.clamp_us) == (whole.window_us, whole.clamp_us)
+    assert bucket.policy_item == whole.policy_item
+
+
+@given(
+    capacity=st.integers(1, 1_000),
+    left=st.integers(0, 999),
+    debt_us=st.integers(0, 2 * 10**6),
+    cost=st.integers(1, 1_100),
+)
+def test_take_leaves_what_it_must_and_waits_exactly_until_it_does(
+    capacity: int, left: int, debt_us: int, cost: int
+) -> None:
+    assume(left < capacity)
+    bucket = replace(quota("1000/second", capacity), leave=left)
+    debt_us = min(debt_us, bucket.clamp_us)
+
+    taken = debit(bucket, debt_us, 0, cost)
+    wait = wait_us(bucket, debt_us, cost)
+
+    assert (taken is None) == (wait != 0)
+    if taken is not None:
+        assert remaining(bucket, taken) >= left
+    if wait is None:
+        assert cost > capacity - left
+    elif wait:
+        assert debit(bucket, debt_us, wait - 1, cost) is None
+        later = debit(bucket, debt_us, wait, cost)
+        assert later is not None
+        assert remaining(bucket, later - wait) == left
 
 
 def test_tag_follows_the_name_alone() -> None:

@@ -30,7 +30,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (policy,) = blocks(README, "toml")
+    policy, _ = blocks(README, "toml")
     (tmp_path / "policy.toml").write_text(policy, "utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -52,6 +52,21 @@ def test_policy_of_the_readme_says_what_the_readme_says(folder: Path) -> None:
     assert policy.cell("new", "image").spell() == "5/minute + 50/day"
     assert policy.cell("everyone", "image").spell() == "2/minute"
     assert policy.features["video"].outage == "deny"
+    assert policy.warnings == ()
+
+
+def test_part_with_a_pool_can_be_laid_over_the_policy_of_the_readme(folder: Path) -> None:
+    _, part = blocks(README, "toml")
+    above = tomllib.loads(part)
+    (folder / "capacity.toml").write_text(part.replace("tiers.pro", "tiers.free"), "utf-8")
+
+    policy = Policy.load(folder / "policy.toml", folder / "capacity.toml")
+
+    pool = policy.features["video"].pool
+    assert pool is not None
+    assert (pool.reach("new"), pool.reach("free"), pool.reach("everyone")) == (300, 480, 600)
+    assert policy.features["video"].refund_on == set(above["features"]["video"]["refund_on"])
+    assert policy.cell("free", "video").quotas[0].concurrency == 3
     assert policy.warnings == ()
 
 
@@ -115,12 +130,14 @@ def test_block_of_the_policy_reference_is_a_part_of_a_policy_that_loads(block: s
     document: dict[str, Any] = {
         "order": names,
         "features": {"image": {}, "video": {}},
-        "defaults": {"quotas": {"image": 0, "video": 0}},
+        "defaults": {"quotas": {}},
         "tiers": {name: {"when": {"plan": name}} for name in names[:-1]} | {names[-1]: {}},
     }
     for key, value in part.items():
         if isinstance(value, dict):
             for name, entry in value.items():
-                document[key].setdefault(name, {}).update(entry)
+                document.setdefault(key, {}).setdefault(name, {}).update(entry)
+    for name in document["features"]:
+        document["defaults"]["quotas"].setdefault(name, 0)
 
     assert Policy.from_dict(document).features

@@ -10,15 +10,24 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from tests.policies import EVERY_WORD, SMALLEST, valid_documents, with_cell, with_whens
+from tests.policies import (
+    EVERY_WORD,
+    SMALLEST,
+    valid_documents,
+    with_cell,
+    with_feature,
+    with_whens,
+)
 from tieredlimit import Policy, PolicyError
-from tieredlimit._core import cells, condition, document, features, rows
+from tieredlimit._core import cells, condition, document, features, pool, rows
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import parse_duration, parse_instant, parse_rate
+from tieredlimit._core.reading import Reading
+from tieredlimit._core.slots import MAX_CONCURRENCY, read_slots
 
 SCHEMA: dict[str, Any] = json.loads(
     files("tieredlimit").joinpath("policy.schema.json").read_text("utf-8")
@@ -79,6 +88,7 @@ def test_valid_document_is_valid(name: str) -> None:
         (["$defs", "tier", "properties"], rows.WORDS),
         (["$defs", "when", "properties"], condition.WORDS),
         (["$defs", "quota", "anyOf", "1", "properties"], cells.WORDS),
+        (["$defs", "pool", "properties"], pool.WORDS),
     ],
 )
 def test_schema_knows_the_words_that_the_reader_knows(
@@ -90,7 +100,9 @@ def test_schema_knows_the_words_that_the_reader_knows(
 def test_schema_has_the_bounds_of_the_reader() -> None:
     assert part("$defs", "feature", "properties", "outage", "enum") == list(features.OUTAGES)
     assert part("$defs", "cost", "maximum") == MAX_AMOUNT
-    assert part("$defs", "quota", "anyOf", "1", "properties", "capacity", "maximum") == MAX_AMOUNT
+    assert part("$defs", "capacity", "maximum") == MAX_AMOUNT
+    assert part("$defs", "concurrency", "maximum") == MAX_CONCURRENCY
+    assert part("$defs", "pool", "properties", "slices", "maximum") == pool.MAX_SLICES
     assert part("$defs", "cell", "anyOf", "0", "const") == cells.UNLIMITED
 
 
@@ -127,12 +139,47 @@ def test_examples_of_the_schema_are_read() -> None:
         assert is_read(with_cell(0, routes=routes))
     for rate in part("$defs", "rate", "examples"):
         assert parse_rate(rate).amount >= 1
+    for said in part("$defs", "feature", "properties", "pool", "examples"):
+        assert is_read({**with_feature(pool=said), "pools": {"gpu": {"rate": "9/minute"}}})
+    for statuses in part("$defs", "feature", "properties", "refund_on", "examples"):
+        assert is_read(with_feature(refund_on=statuses))
+    for lease in part("$defs", "lease", "examples"):
+        assert is_read(with_cell({"rate": "9/minute", "concurrency": 3, "lease": lease}))
 
 
 WRONG_SHADOWS: list[object] = [
     "5/day", ["5/day"], {"image": "unlimited"}, {"image": []}, {"image": ["unlimited"]},
     {"image": 5}, {"image": False}, {"image": {}}, {"image": "5/month"},
     {"image": {"rate": "5/day", "burst": 5}},
+    {"image": {"rate": "5/day", "concurrency": 3, "lease": "10 minutes"}},
+    {"image": ["9/hour", {"rate": "5/day", "concurrency": 3, "lease": "10 minutes"}]},
+]  # fmt: skip
+
+WRONG_CONCURRENCIES: list[object] = [0, -1, True, "3", 1_000_001]
+WRONG_LEASES: list[object] = [600, "2 days", "25 hours", "0 hours", "x"]
+WRONG_SLOTS: list[dict[str, object]] = [
+    {"concurrency": 3}, {"lease": "10 minutes"},
+    *[{"concurrency": slots, "lease": "10 minutes"} for slots in WRONG_CONCURRENCIES],
+    *[{"concurrency": 3, "lease": lease} for lease in WRONG_LEASES],
+]  # fmt: skip
+
+WRONG_LEAVES: list[object] = [
+    5, "50%", [], {"everyone": -1}, {"everyone": "100%"}, {"everyone": "half"},
+    {"everyone": 0.5}, {"everyone": "50"}, {"everyone": True}, {"Everyone": 1},
+]  # fmt: skip
+
+WRONG_POOLS: list[object] = [
+    None, 5, [], "GPU", "", {}, {"rate": 5}, {"rate": "unlimited"}, {"rate": "5/month"},
+    {"rate": "9/minute", "capacity": 0}, {"rate": "9/minute", "capcity": 5},
+    *[{"rate": "9/minute", "slices": slices} for slices in (0, 1_025, "2", True)],
+    *[{"rate": "9/minute", "leave": leave} for leave in WRONG_LEAVES],
+    *[{"rate": "9/minute", **slots} for slots in WRONG_SLOTS],
+]  # fmt: skip
+
+WRONG_REFUNDS: list[dict[str, object]] = [
+    {"refund_on": None}, {"refund_on": 500}, {"refund_on": "500"}, {"refund_on": {}},
+    {"refund_on": [399]}, {"refund_on": [600]}, {"refund_on": ["500"]}, {"refund_on": [True]},
+    {"refund_on_exception": None}, {"refund_on_exception": 1}, {"refund_on_exception": "yes"},
 ]  # fmt: skip
 
 WRONG_WHENS: list[object] = [
@@ -151,7 +198,11 @@ WRONG_WHENS: list[object] = [
     [
         {},
         {**SMALLEST, "tier": {}},
-        {**SMALLEST, "pools": {}},
+        {**SMALLEST, "pools": None},
+        {**SMALLEST, "pools": ["gpu"]},
+        {**SMALLEST, "pools": {"GPU": {"rate": "9/minute"}}},
+        *[{**SMALLEST, "pools": {"gpu": one}} for one in WRONG_POOLS],
+        *[with_feature(pool=one) for one in WRONG_POOLS],
         {**SMALLEST, "features": {}},
         {**SMALLEST, "tiers": {}},
         {**SMALLEST, "features": {"Image": {}}},
@@ -163,9 +214,8 @@ WRONG_WHENS: list[object] = [
         {**SMALLEST, "defaults": {"messages": {"image": " "}}},
         {**SMALLEST, "defaults": {"messages": {"image": {}}}},
         {**SMALLEST, "defaults": {"messages": {"image": {"en_GB": "No."}}}},
-        {**SMALLEST, "features": {"image": {"pool": {}}}},
-        {**SMALLEST, "features": {"image": {"refund_on": [500]}}},
-        {**SMALLEST, "features": {"image": {"outage": "local"}}},
+        *[with_feature(**said) for said in WRONG_REFUNDS],
+        with_feature(outage="local"),
         {key: value for key, value in EVERY_WORD.items() if key != "order"},
         *[
             with_cell(cell)
@@ -175,7 +225,7 @@ WRONG_WHENS: list[object] = [
                 [["5/minute"]], ["5/minute"] * 17, {}, {"rate": 5}, {"rate": "unlimited"},
                 {"rate": "5/day", "capacity": 0}, {"rate": "5/day", "capacity": "5"},
                 {"rate": "5/day", "burst": 5}, {"rate": "5/day", "per": "Org"},
-                {"rate": "5/day", "concurrency": 3}, {"rate": "5/day", "lease": "10 minutes"},
+                *[{"rate": "5/day", **slots} for slots in WRONG_SLOTS],
             )
         ],
         *[
@@ -211,18 +261,29 @@ def changed(path: Sequence[str], value: object) -> dict[str, Any]:
             ["defaults", "messages", "image"],
             ["features", "by-code", "routes"],
             ["features", "by-code", "outage"],
+            ["features", "by-code", "pool"],
+            ["features", "by-code", "refund_on"],
+            ["features", "by-code", "refund_on_exception"],
+            ["pools"],
+            ["pools", "gpu"],
+            ["pools", "gpu", "leave"],
+            ["pools", "gpu", "leave", "new"],
+            ["pools", "gpu", "slices"],
             ["tiers", "new", "when"],
             ["tiers", "plus", "extends"],
         ]
     ),
     st.recursive(
         st.sampled_from(
-            [*rows.WORDS, *condition.WORDS, *cells.WORDS, "en", "pro", "allow", "deny", "5/minute",
-             "9/2 days", "7 days", "2026-11-20T18:00:00Z", "POST /else", 0, 1, 7, True, "unlimited"]
+            [*rows.WORDS, *condition.WORDS, *cells.WORDS, *pool.WORDS, "en", "pro", "allow", "deny",
+             "5/minute", "9/2 days", "7 days", "1 day", "2026-11-20T18:00:00Z", "POST /else", "gpu",
+             "50%", 0, 1, 7, 500, True, "unlimited"]
         ),
         lambda inner: st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from([*condition.WORDS, *cells.WORDS, "en", "fr", "PUT /a", "PUT /b"]),
+            st.sampled_from(
+                [*condition.WORDS, *cells.WORDS, *pool.WORDS, "en", "pro", "gpu", "PUT /a"]
+            ),
             inner,
             max_size=3,
         ),
@@ -249,6 +310,38 @@ def test_schema_and_reader_agree_on_rates(text: str) -> None:
 )
 def test_schema_and_reader_agree_on_durations(text: str) -> None:
     assert accepts("duration", text) == _is_parsed(parse_duration, text)
+
+
+leases = st.builds(
+    "{}{}{}{}".format,
+    st.integers(0, 100_000)
+    | st.sampled_from([1, 2, 24, 25, 1_439, 1_440, 1_441, 86_399, 86_400, 86_401, "007", "0" * 9]),
+    st.sampled_from(["", " ", "  "]),
+    st.sampled_from(["second", "minute", "hour", "day", "week"]),
+    st.sampled_from(["", "s"]),
+)
+
+
+@given(leases | st.text(max_size=9))
+@example("0000000001 day")
+@example("000000001 day")
+@example("86400seconds")
+@example("86401seconds")
+def test_schema_and_reader_agree_on_leases(text: str) -> None:
+    reading = Reading()
+    read_slots(reading, "", {"concurrency": 1, "lease": text})
+
+    assert accepts("lease", text) == (not reading.faults)
+
+
+@given(
+    st.from_regex(r"\A[0-9]{1,4}(\.[0-9]{0,5})? ?%?\Z") | st.integers(-1, 1) | st.text(max_size=5)
+)
+def test_schema_and_reader_agree_on_what_must_be_left(said: object) -> None:
+    left = part("$defs", "pool", "properties", "leave", "additionalProperties")
+    roomy = {"rate": "9/minute", "capacity": 10**7, "leave": {"everyone": said}}
+
+    assert Draft202012Validator(left).is_valid(said) == is_read(with_feature(pool=roomy))
 
 
 @given(

@@ -3,6 +3,7 @@
 from tieredlimit._core.account import Account
 from tieredlimit._core.policy import Policy
 from tieredlimit.decision import Decision, QuotaState
+from tieredlimit.demanded import PoolState, SlotState
 from tieredlimit.errors import (
     BackendError,
     ConflictError,
@@ -14,9 +15,11 @@ from tieredlimit.errors import (
     UsageError,
 )
 from tieredlimit.inforce import stored
+from tieredlimit.leases import Lease
 from tieredlimit.limiter import Limiter
 from tieredlimit.middleware import TieredLimitMiddleware
 from tieredlimit.observe import LoggingObserver, Observer
+from tieredlimit.settling import Reservation
 
 __all__ = [
     "Account",
@@ -25,13 +28,17 @@ __all__ = [
     "Decision",
     "Denied",
     "Fault",
+    "Lease",
     "Limiter",
     "LoggingObserver",
     "Observer",
     "Policy",
     "PolicyError",
+    "PoolState",
     "QuotaState",
+    "Reservation",
     "RevisionError",
+    "SlotState",
     "TieredLimitError",
     "TieredLimitMiddleware",
     "UsageError",

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from os import urandom
+from typing import Any
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.denials import Denials
+from tieredlimit._core.keys import reservation_key
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.revision import Revision
 from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.table import Entry, Table
 from tieredlimit._core.tally import Samples
-from tieredlimit.backends import Backend, Charge, Reply
+from tieredlimit.backends import Backend, Charge, Claim, Claimed, MemoryBackend, Reply, Slot
 from tieredlimit.backends.backend import ComparingBackend, StaleError
 from tieredlimit.backends.memory import new_tuple
 from tieredlimit.complaints import Complaints
 from tieredlimit.decision import Decision
+from tieredlimit.demanded import Demanded, taken_by
 from tieredlimit.errors import BackendError
 from tieredlimit.inforce import InForce
-from tieredlimit.judging import checked, closed, denial_of, judged, settled
+from tieredlimit.judging import (
+    checked,
+    closed,
+    demanding_denial,
+    denial_of,
+    judged,
+    judged_demanding,
+    pool_denial,
+    settled,
+)
+from tieredlimit.leases import Leases
 from tieredlimit.observe import Observers
 from tieredlimit.shadow import Shadows
 
 # Denied clients of an outage come back within these seconds, not all at once.
 _OUTAGE_RETRY = (1.0, 5.0)
+
+Asked = tuple[
+    Decision | None,
+    Entry,
+    object,
+    Sequence[Charge],
+    Stamp | None,
+    tuple[int, int] | None,
+    Claim | None,
+]
+"""A decision, or what to ask for it; see `Deciding._ask`."""
 
 
 class Deciding:
@@ -38,7 +64,9 @@ class Deciding:
 
     backend: Backend
     enabled: bool
+    namespace: str
     complaints: Complaints
+    leases: Leases
     observers: Observers
     samples: Samples
     _comparing: ComparingBackend | None
@@ -46,16 +74,18 @@ class Deciding:
     _force: InForce
     _observed: bool
     _shadows: Shadows
+    _take_now: Callable[[Sequence[Charge]], Reply] | None
+    _memory: MemoryBackend | None
+    _claim: Callable[..., Awaitable[Claimed]]
 
     def _ask(
-        self, account: Account, feature: str, cost: int, at: int = 0
-    ) -> tuple[
-        Decision | None, Entry, object, Sequence[Charge], Stamp | None, tuple[int, int] | None
-    ]:
+        self, account: Account, feature: str, cost: int, at: int = 0, keep_us: int = 0
+    ) -> Asked:
         """Return the decision if it needs no backend, or what to ask of it, and by which cell.
 
-        That is under what a denial is remembered, the charges, the revision, and the instants for
-        which it is asked. `at` is the instant to decide by, 0 for the backend's.
+        That is under what a denial is remembered, the charges, the revision, the instants for
+        which it is asked, and what is claimed beside the charges. `at` is the instant to decide by,
+        0 for the backend's; `keep_us` for how long it may be settled.
         """
         force = self._force
         table = force.table
@@ -77,7 +107,9 @@ class Deciding:
         if not self.enabled or entry.most is None or cost > entry.most:
             decision = self._without_asking(table, entry, cost, account, now)
             if decision is not None:
-                return self._said(entry, decision, account), entry, None, (), None, None
+                return self._said(entry, decision, account), entry, None, (), None, None, None
+        if entry.demands is not None or keep_us:
+            return self._ask_more(table, entry, account, cost, times, keep_us)
         shelves = entry.shelves
         shard = table.shard_of(account) if table.shards > 1 else 0
         stamp = None if self._comparing is None else table.stamp(shard)
@@ -94,13 +126,108 @@ class Deciding:
             debts = denials.recall(subject, cost, self.backend.now(), _local_us(), entry.quotas)
             if debts is not None:
                 denial = denial_of(entry, cost, debts)
-                return self._said(entry, denial, account), entry, subject, (), None, None
-        return None, entry, subject, charges, stamp, times
+                return self._said(entry, denial, account), entry, subject, (), None, None, None
+        return None, entry, subject, charges, stamp, times, None
+
+    def _ask_more(
+        self,
+        table: Table,
+        entry: Entry,
+        account: Account,
+        cost: int,
+        times: tuple[int, int] | None,
+        keep_us: int,
+    ) -> Asked:
+        """Do what `_ask` does for what asks for a pool, for slots, or to be settled."""
+        shard, charges, slots = _demanded(table, entry, account, cost)
+        if self._denials.held:
+            denial = self._recalled(entry, cost, tuple([charge.key for charge in charges]))
+            if denial is not None:
+                return self._said(entry, denial, account), entry, None, (), None, None, None
+        claim = None
+        if slots or (keep_us and charges):
+            id_ = urandom(16)
+            record = reservation_key(f"{self.namespace}:{shard}", id_) if keep_us else ""
+            claim = new_tuple(Claim, (id_, slots, record, keep_us))
+        stamp = None if self._comparing is None else table.stamp(shard)
+        return None, entry, None, charges, stamp, times, claim
+
+    def _recalled(self, entry: Entry, cost: int, subject: tuple[str, ...]) -> Decision | None:
+        """Return the denial that a cell which asks for more had a moment ago, None for none."""
+        denials, pool = self._denials, entry.demands and entry.demands.pool
+        now, local_us = self.backend.now(), _local_us()
+        debts = denials.recall(subject, cost, now, local_us, entry.quotas)
+        if debts is not None:
+            return demanding_denial(entry, cost, debts)
+        if pool is not None:
+            # A pool that has denied a tier's take denies all its accounts, until it has refilled.
+            debts = denials.recall((subject[-1], entry.cell.tier), cost, now, local_us, pool.pool)
+            if debts is not None:
+                return pool_denial(entry, cost, debts[0])
+        return None
+
+    def _conclude_more(
+        self,
+        entry: Entry,
+        cost: int,
+        reply: Reply | Claimed,
+        account: Account,
+        charges: Sequence[Charge],
+        claim: Claim | None,
+    ) -> Decision:
+        """Do what `_conclude` does for what `_ask_more` has asked for."""
+        debts, held = reply.debts, _held(reply)
+        if not reply.allowed:
+            return self._remembered(entry, cost, charges, reply, account)
+        own = debts
+        pool_debt = None
+        if len(debts) > len(entry.quotas):
+            own, pool_debt = debts[:-1], debts[-1]
+        demanded = Demanded(entry, cost, True, pool_debt, held, charges, claim, self.leases)
+        entry.tally.allowed += 1
+        quotas, policy = entry.quotas, entry.policy_field
+        decision = Decision(True, "allowed", entry.cell, cost, None, quotas, own, policy, demanded)
+        if self._observed:
+            self.observers.on_decision(decision, account, shadow=False)
+        return decision
+
+    def _remembered(
+        self,
+        entry: Entry,
+        cost: int,
+        charges: Sequence[Charge],
+        reply: Reply | Claimed,
+        account: Account,
+    ) -> Decision:
+        """Return the denial that a reply means, and remember it where that is safe."""
+        now, debts, held = reply.now, reply.debts, _held(reply)
+        denial = demanding_denial(entry, cost, debts, held)
+        wait_us = round((denial.retry_after or 0) * SECOND_US)
+        pool = entry.demands and entry.demands.pool
+        # Never where a slot was missing: it may be free the next moment.
+        if wait_us and not any(one.denies for one in denial.slots):
+            remember = self._denials.remember
+            subject = tuple([charge.key for charge in charges])
+            if denial.reason == "pool" and pool is not None:
+                key, local_us = (subject[-1], entry.cell.tier), _local_us()
+                remember(key, cost, now, wait_us, debts[-1:], local_us, pool.pool)
+            else:
+                remember(subject, cost, now, wait_us, debts, _local_us(), entry.quotas)
+        return self._said(entry, denial, account)
 
     def _conclude(
-        self, entry: Entry, cost: int, subject: object, reply: Reply, account: Account
+        self,
+        entry: Entry,
+        cost: int,
+        subject: object,
+        reply: Any,
+        account: Account,
+        charges: Sequence[Charge],
+        claim: Claim | None,
     ) -> Decision:
-        """Return the decision that a reply means."""
+        """Return the decision that a reply means: a `Reply`, or a `Claimed` to a claim."""
+        if claim is not None or entry.demands is not None:
+            return self._conclude_more(entry, cost, reply, account, charges, claim)
         allowed, now, debts = reply
         if allowed:
             entry.tally.allowed += 1
@@ -109,7 +236,7 @@ class Deciding:
                 Decision,
                 (
                     True, "allowed", entry.cell, cost, None,
-                    entry.quotas, debts, entry.policy_field,
+                    entry.quotas, debts, entry.policy_field, None,
                 ),
             )  # fmt: skip
             if self._observed:
@@ -167,6 +294,25 @@ class Deciding:
         # An unlimited cell limits nothing, but whether that still holds is for the store to say.
         return settled(entry, cost, asks=self._comparing is not None and not peek)
 
+    def _given_up(
+        self,
+        entry: Entry,
+        cost: int,
+        charges: Sequence[Charge],
+        claim: Claim | None,
+        error: BaseException,
+        account: Account,
+    ) -> Decision:
+        """Return the outage answer to a take without a word of the store; a cancelled one goes on.
+
+        What it claimed may be held, and nobody would ever hear of it: it is released.
+        """
+        if claim is not None:
+            self.leases.abandon(taken_by(entry, cost, charges, claim))
+        if not isinstance(error, BackendError):
+            raise error
+        return self._outage(entry, cost, error, account)
+
     def _outage(
         self, entry: Entry, cost: int, error: Exception, account: Account | None
     ) -> Decision:
@@ -186,24 +332,72 @@ class Deciding:
     ) -> list[Decision]:
         known = [self._without_asking(table, one, cost, account, now, peek=True) for one in entries]
         asked = [entry for entry, decision in zip(entries, known, strict=True) if not decision]
-        shard = table.shard_of(account)
-        charges = [
-            Charge(shelf.key(account, shard), shelf, 0)
-            for entry in asked
-            for shelf in entry.shelves
+        by_shard: dict[int, list[Entry]] = {}
+        for entry in asked:
+            by_shard.setdefault(table.place_of(account, entry)[0], []).append(entry)
+        decided: dict[int, Decision] = {}
+        # All at once: of one server they share a call, as a pool's features do anywhere.
+        groups = [self._peek_shard(table, account, some, cost) for some in by_shard.values()]
+        for found in await asyncio.gather(*groups):
+            decided.update(found)
+        return [
+            decision or decided[id(entry)] for entry, decision in zip(entries, known, strict=True)
         ]
-        decided = []
-        if charges:
-            try:
-                debts = list((await self.backend.take(charges)).debts)
-            except BackendError as exc:
-                decided = [self._outage(entry, cost, exc, None) for entry in asked]
+
+    async def _peek_shard(
+        self, table: Table, account: Account, entries: Sequence[Entry], cost: int
+    ) -> dict[int, Decision]:
+        """Return what takes of cells on one shard would decide, by the cells' identities."""
+        charges: list[Charge] = []
+        slots: list[Slot] = []
+        parts: list[tuple[int, int]] = []
+        for entry in entries:
+            _, own, held_by = _demanded(table, entry, account, 0)
+            charges += own
+            slots += held_by
+            parts.append((sum(len(shelf.quotas) for _, shelf, _ in own), len(held_by)))
+        claim = Claim(b"", tuple(slots)) if slots else None
+        reply: Reply | Claimed = Reply(True, 0, [])
+        try:
+            if claim is not None:
+                reply = await self._claim(charges, claim)
+            elif charges:
+                reply = await self.backend.take(charges)
+        except BackendError as exc:
+            return {id(entry): self._outage(entry, cost, exc, None) for entry in entries}
+        debts, held = list(reply.debts), _held(reply)
+        decided = {}
+        for entry, (buckets, places) in zip(entries, parts, strict=True):
+            own_debts, debts = debts[:buckets], debts[buckets:]
+            own_held, held = held[:places], held[places:]
+            if entry.demands is None:
+                decided[id(entry)] = judged(entry, cost, own_debts)
             else:
-                for entry in asked:
-                    own, debts = debts[: len(entry.quotas)], debts[len(entry.quotas) :]
-                    decided.append(judged(entry, cost, own))
-        rest = iter(decided)
-        return [decision or next(rest) for decision in known]
+                decided[id(entry)] = judged_demanding(entry, cost, own_debts, own_held)
+        return decided
+
+
+def _demanded(
+    table: Table, entry: Entry, account: Account, cost: int
+) -> tuple[int, list[Charge], Sequence[Slot]]:
+    """Return the shard, the charges and the slots of a take: its own, then its pool's."""
+    shard, part = table.place_of(account, entry)
+    charges = [
+        new_tuple(Charge, (shelf.key(account, shard), shelf, cost)) for shelf in entry.shelves
+    ]
+    demands = entry.demands
+    if demands is None:
+        return shard, charges, ()
+    if demands.pool is not None:
+        shelf = demands.pool.shelves[part]
+        charges.append(new_tuple(Charge, (shelf.prefix, shelf, cost)))
+    slots = demands.slots(account, shard, part) if demands.lease_us is not None else ()
+    return shard, charges, slots
+
+
+def _held(reply: Reply | Claimed) -> list[int]:
+    """Return how many slots others hold, of each that was claimed."""
+    return reply.held if isinstance(reply, Claimed) else []
 
 
 def _local_us() -> int:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -24,10 +24,15 @@ from tieredlimit._core.fields import (
 from tieredlimit._core.messages import choose
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.rate import SECOND_US
+from tieredlimit._core.taken import Taken
 from tieredlimit._core.tier import Cell
+from tieredlimit.demanded import Demanded, PoolState, SlotState
 from tieredlimit.errors import Denied, UsageError
 
-__all__ = ["Decision", "Denial", "QuotaState", "Reason"]
+if TYPE_CHECKING:
+    from tieredlimit.leases import Lease
+
+__all__ = ["Decision", "Denial", "PoolState", "QuotaState", "Reason", "SlotState"]
 
 Reason = Literal["allowed", "quota", "zero", "closed", "pool", "concurrency", "outage"]
 
@@ -93,6 +98,7 @@ class Decision(NamedTuple):
         debts: Per quota, the microseconds until its bucket is full; empty where the store was not
             asked.
         policy: What `RateLimit-Policy` says of `limits`, if that was made beforehand.
+        demanded: What was asked for beside the account's own buckets, None where nothing was.
     """
 
     allowed: bool
@@ -103,6 +109,32 @@ class Decision(NamedTuple):
     limits: tuple[Quota, ...] = ()
     debts: Sequence[int] = ()
     policy: bytes = b""
+    demanded: Demanded | None = None
+
+    @property
+    def pool(self) -> PoolState | None:
+        """The feature's pool, None where it has none."""
+        return None if self.demanded is None else self.demanded.pool
+
+    @property
+    def slots(self) -> tuple[SlotState, ...]:
+        """The slots that were asked for; empty where nobody was asked."""
+        return () if self.demanded is None else self.demanded.slots
+
+    @property
+    def lease(self) -> Lease | None:
+        """What holds the slots now, None where there are none or it was denied."""
+        return None if self.demanded is None else self.demanded.lease
+
+    @property
+    def taken(self) -> Taken | None:
+        """What can be settled or given back, None where what was charged is final."""
+        return None if self.demanded is None else self.demanded.taken
+
+    @property
+    def token(self) -> str:
+        """What `limiter.leases` and `Limiter.settle` of any process know it by; may be empty."""
+        return "" if self.taken is None else self.taken.token()
 
     @property
     def feature(self) -> str:
@@ -116,7 +148,7 @@ class Decision(NamedTuple):
 
     @property
     def remaining(self) -> int | None:
-        """Whole tokens in the tightest bucket; None where nothing limits or nobody was asked."""
+        """Whole tokens in the account's tightest bucket; None where there is none or none asked."""
         if self.reason == "zero":
             return 0
         if not self.debts:
@@ -210,10 +242,21 @@ class Decision(NamedTuple):
                 return f"{feature} is closed for now.{self._until()}"
             case "outage":
                 return f"{feature} cannot be served right now. Please try again in a moment."
+            case "concurrency":
+                return f"As many jobs of {feature} are running as may at once."
+            case "pool" if self.retry_after is None and self._fits_pool():
+                return f"{feature} is busy right now. Please try again in a moment."
+            case "pool" if self.retry_after is not None:
+                return f"{feature} is busy right now.{self._until()}"
             case _ if self.retry_after is None:
                 return f"This request costs {self.cost}, more than {feature} ever allows at once."
             case _:
                 return f"The quota for {feature} is used up.{self._until()}"
+
+    def _fits_pool(self) -> bool:
+        """Say whether the cost would fit a full pool."""
+        pool = self.pool
+        return pool is not None and self.cost <= pool.capacity - pool.leave
 
     def _until(self) -> str:
         if self.retry_after is None:
@@ -264,6 +307,7 @@ class Denial(Response):
         language, detail = decision._message(accept_language)  # noqa: SLF001 -- its other half
         kind, title = _PROBLEMS.get(decision.reason, _REDUCED)
         violated = [quota.name for quota in decision.quotas if quota.denies]
+        violated += [one.name for one in decision.slots if one.denies and not one.pool]
         problem = {
             "type": kind,
             "title": title or _phrase(self.status_code),

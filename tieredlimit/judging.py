@@ -12,7 +12,8 @@ from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import did_you_mean
 from tieredlimit._core.table import Entry, Table
-from tieredlimit.decision import Decision
+from tieredlimit.decision import Decision, Reason
+from tieredlimit.demanded import Demanded, pool_wait_us
 from tieredlimit.errors import UsageError
 
 _LONGEST_NAME = 32
@@ -62,7 +63,11 @@ def settled(entry: Entry, cost: int, *, asks: bool) -> Decision | None:
             return Decision(False, "zero", cell, cost)
         return None if asks else Decision(True, "allowed", cell, cost)
     if cost > entry.most:
-        return Decision(False, "quota", cell, cost, None, entry.quotas)
+        reason: Reason = "quota"
+        if all(cost <= quota.capacity for quota in entry.quotas):
+            reason = "pool"
+        demanded = Demanded(entry, cost, allowed=False) if entry.demands else None
+        return Decision(False, reason, cell, cost, None, entry.quotas, demanded=demanded)
     return None
 
 
@@ -85,6 +90,50 @@ def denial_of(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
     waits = (wait_us(quota, debt, cost) for quota, debt in zip(entry.quotas, debts, strict=True))
     latest = max(wait or 0 for wait in waits)
     return Decision(False, "quota", entry.cell, cost, latest / SECOND_US, entry.quotas, debts)
+
+
+def demanding_denial(
+    entry: Entry, cost: int, debts: Sequence[int], held: Sequence[int] = ()
+) -> Decision:
+    """Return the denial of a cell that asks for more than its own buckets, by how all stands.
+
+    `debts` are those of its quotas, and then of its pool's bucket; `held` are the slots that others
+    hold. The account's own limits come first: what nobody else's going can change.
+    """
+    own = debts[: len(entry.quotas)]
+    waits = [wait_us(quota, debt, cost) or 0 for quota, debt in zip(entry.quotas, own, strict=True)]
+    own_us = max(waits, default=0)
+    pool_debt = debts[-1] if len(debts) > len(own) else None
+    pool_us = 0 if pool_debt is None else pool_wait_us(entry, cost, pool_debt)
+    demanded = Demanded(entry, cost, allowed=False, pool_debt=pool_debt, held=held)
+    reason: Reason
+    if own_us:
+        reason = "quota"
+    elif any(one.denies and not one.pool for one in demanded.slots):
+        reason = "concurrency"
+    else:
+        reason = "pool"
+    retry_after = None
+    if reason != "concurrency" and (own_us or pool_us):
+        retry_after = max(own_us, pool_us) / SECOND_US
+    return Decision(False, reason, entry.cell, cost, retry_after, entry.quotas, own, b"", demanded)
+
+
+def pool_denial(entry: Entry, cost: int, debt: int) -> Decision:
+    """Return the denial of a pool that was asked by others, a moment ago."""
+    demanded = Demanded(entry, cost, allowed=False, pool_debt=debt)
+    wait = pool_wait_us(entry, cost, debt) / SECOND_US
+    return Decision(False, "pool", entry.cell, cost, wait, entry.quotas, demanded=demanded)
+
+
+def judged_demanding(
+    entry: Entry, cost: int, debts: Sequence[int], held: Sequence[int]
+) -> Decision:
+    """Return what a take would decide, where more than the account's own buckets is asked for."""
+    denial = demanding_denial(entry, cost, debts, held)
+    if denial.retry_after or any(one.denies for one in denial.slots):
+        return denial
+    return denial._replace(allowed=True, reason="allowed", policy=entry.policy_field)
 
 
 def judged(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,17 +12,23 @@ from typing import Any, Self
 from tieredlimit._core.account import Account
 from tieredlimit._core.denials import Denials
 from tieredlimit._core.policy import Policy
+from tieredlimit._core.rate import DAY_US, SECOND_US
 from tieredlimit._core.table import Table
+from tieredlimit._core.taken import Taken
 from tieredlimit._core.tally import CallStats, Samples, Tallies
+from tieredlimit._core.tier import Feature
 from tieredlimit.backends import (
     Backend,
     Charge,
+    Claimed,
     ClusterBackend,
     MemoryBackend,
     RedisBackend,
     Reply,
 )
 from tieredlimit.backends.backend import ComparingBackend, StaleError
+from tieredlimit.backends.control import holds_of
+from tieredlimit.backends.server import DEFAULT_TIMEOUT
 from tieredlimit.complaints import Complaints
 from tieredlimit.control import Control
 from tieredlimit.deciding import Deciding
@@ -30,12 +37,19 @@ from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.inforce import InForce, Stored
 from tieredlimit.judging import checked, named
+from tieredlimit.leases import Leases
 from tieredlimit.observe import Observer, Observers
+from tieredlimit.settling import Reservation, check_actual, corrections
 from tieredlimit.shadow import Shadows
 
 __all__ = ["Complaints", "Limiter"]
 
 MAX_SHARDS = 1_024
+
+SETTLE_WITHIN = 86_400.0
+"""Seconds for which a reservation may be settled, unless it says otherwise."""
+
+_LONGEST_SETTLE_US = 30 * DAY_US
 
 _NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
 _MOST_REDECISIONS = 3
@@ -105,6 +119,7 @@ class Limiter(Deciding):
         self.tallies = Tallies()
         self.samples = Samples(namespace)
         self._denials = Denials()
+        self.leases = Leases(holds_of(backend), namespace, self.complaints, self.patience)
         self._shadows = Shadows(backend, self.observers)
         self._force = InForce(
             policy,
@@ -120,10 +135,15 @@ class Limiter(Deciding):
         )
         # Each call of these also says whether what it was prepared by is still in force.
         self._comparing: ComparingBackend | None = None
+        self._claim: Callable[..., Awaitable[Claimed]] = _nobody
         if isinstance(backend, RedisBackend | ClusterBackend):
             self._comparing = backend
+            self._claim = backend.claim
         # What answers without waiting is asked so, unless a subclass has its own way.
         self._take_now: Callable[[Sequence[Charge]], Reply] | None = None
+        self._memory = backend if isinstance(backend, MemoryBackend) else None
+        if self._memory is not None:
+            self._claim = self._memory.claim
         if isinstance(backend, MemoryBackend) and type(backend).take is MemoryBackend.take:
             self._take_now = backend.take_now
 
@@ -185,6 +205,22 @@ class Limiter(Deciding):
         return getattr(self.backend, "call_stats", None)
 
     @property
+    def patience(self) -> float:
+        """The seconds that a decision may take."""
+        return getattr(self.backend, "timeout", DEFAULT_TIMEOUT)
+
+    @property
+    def refunds(self) -> bool:
+        """Whether the end of a request may give back what it was charged."""
+        table = self._force.table
+        return table is not None and table.refunds
+
+    def feature(self, name: str) -> Feature | None:
+        """Return what the policy in force says of a feature, None if it has none of that name."""
+        table = self._force.table
+        return None if table is None else table.policy.features.get(name)
+
+    @property
     def _table(self) -> Table:
         return self._force.table_at(self.backend.now())
 
@@ -218,6 +254,7 @@ class Limiter(Deciding):
     async def close(self) -> None:
         """Give back what this event loop holds. Buckets stay; a later take opens again."""
         await self._force.close()
+        await self.leases.close()
         self._shadows.close()
         await self.backend.close()
 
@@ -255,12 +292,17 @@ class Limiter(Deciding):
         cost: int = 1,
         *,
         rematch: Callable[[], tuple[str, int]] | None = None,
+        settle_within: float | None = None,
     ) -> Decision:
-        """Charge `cost` tokens to every quota of the account's cell, or to none.
+        """Charge `cost` tokens to every quota of the account's cell and its pool, or to none.
 
         A cost of 0 charges nothing. Where the backend cannot answer, the decision is the feature's
         outage answer, with reason `outage`; zero denies all the same. A denial is remembered until
         its time, a second at most: the same cost or more is denied meanwhile without asking.
+
+        Where the policy says `concurrency`, an allowed take holds a slot: `decision.lease`, which
+        is yours to renew and release. With `settle_within`, in seconds, the cost may be corrected
+        for so long, as `reserve` says; None makes it final.
 
         `rematch` returns the feature and the cost of the request anew where a newer policy came
         into force meanwhile; what it raises is raised.
@@ -271,13 +313,19 @@ class Limiter(Deciding):
                 id cannot be stored. Nothing was charged.
         """
         error: BackendError
+        reply: Any  # a `Reply`, or a `Claimed`
         at = 0
+        keep_us = 0 if settle_within is None else _kept_us(settle_within)
         for _ in range(1 + _MOST_REDECISIONS):
-            decision, entry, subject, charges, stamp, times = self._ask(account, feature, cost, at)
+            decision, entry, subject, charges, stamp, times, claim = self._ask(
+                account, feature, cost, at, keep_us
+            )
             if decision is not None:
                 return decision
             try:
-                if self._take_now is not None:
+                if claim is not None:
+                    reply = await self._claim(charges, claim, stamp, times)
+                elif self._take_now is not None:
                     reply = self._take_now(charges)
                 elif self._comparing is None:
                     reply = await self.backend.take(charges)
@@ -291,10 +339,10 @@ class Limiter(Deciding):
                     break
                 if rematch is not None:
                     feature, cost = rematch()
-            except BackendError as exc:
-                return self._outage(entry, cost, exc, account)
+            except (BackendError, asyncio.CancelledError) as exc:
+                return self._given_up(entry, cost, charges, claim, exc, account)
             else:
-                return self._conclude(entry, cost, subject, reply, account)
+                return self._conclude(entry, cost, subject, reply, account, charges, claim)
         return self._outage(entry, cost, error, account)
 
     def take_now(self, account: Account, feature: str, cost: int = 1) -> Decision | None:
@@ -305,14 +353,85 @@ class Limiter(Deciding):
         """
         if self._take_now is None:
             return None
-        decision, entry, subject, charges, _, _ = self._ask(account, feature, cost)
+        decision, entry, subject, charges, _, _, claim = self._ask(account, feature, cost)
         if decision is not None:
             return decision
+        reply: Any  # a `Reply`, or a `Claimed`
         try:
-            reply = self._take_now(charges)
+            if claim is None or self._memory is None:
+                reply = self._take_now(charges)
+            else:
+                reply = self._memory.claim_now(charges, claim)
         except BackendError as exc:
             return self._outage(entry, cost, exc, account)
-        return self._conclude(entry, cost, subject, reply, account)
+        return self._conclude(entry, cost, subject, reply, account, charges, claim)
+
+    def reserve(
+        self,
+        account: Account,
+        feature: str,
+        cost: int = 1,
+        *,
+        settle_within: float = SETTLE_WITHIN,
+    ) -> Reservation:
+        """Charge an estimate now, to be corrected once the true cost is known.
+
+        `async with limiter.reserve(account, "video", cost=30) as r: ... await r.settle(seconds)`,
+        or `limiter.settle(r.token, seconds)` in another process. Within `settle_within` seconds,
+        and once: then, and where nobody settles, the estimate stands.
+
+        Raises:
+            UsageError: As `take`, or `settle_within` is out of bounds.
+        """
+        _kept_us(settle_within)
+
+        async def take() -> Decision:
+            return await self.take(account, feature, cost, settle_within=settle_within)
+
+        return Reservation(take, self._settle)
+
+    async def settle(self, token: str, actual: int) -> bool:
+        """Correct the cost of a reservation of any process to `actual` tokens, once.
+
+        False where there is nothing to settle any more: it was done, or it is too late. Less is
+        given back: what was charged, at most at today's price. More is charged, and may leave a
+        bucket below empty, by one capacity at most.
+
+        Raises:
+            UsageError: It is no token of this namespace, or `actual` is no whole number from 0 to
+                10**9.
+            BackendError: The store could not answer. It may or may not be settled; once more does
+                no harm.
+        """
+        check_actual(actual)
+        return bool(token) and await self._settle(Taken.read(token, self.namespace), actual)
+
+    async def refund(self, decision: Decision) -> Decision:
+        """Give back what a take was charged, and return the decision as it stands then.
+
+        Only of features with `refund_on` or `refund_on_exception`, and of reservations: of others
+        it is not known any more what was charged, and nothing is done. Never beyond full. It is not
+        for you to repeat: a refund that got no answer may have happened.
+
+        Raises:
+            BackendError: The store could not answer.
+        """
+        taken = decision.taken
+        if taken is None or not taken.buckets or not taken.cost:
+            return decision
+        back = corrections(taken, 0, self._force.table)
+        if taken.record:
+            debts = (await self.leases.holds.settle(taken.record, back)).debts
+        else:
+            debts = await self.leases.holds.refund(back)
+        own = len(decision.limits)
+        return decision._replace(debts=debts[:own], demanded=None)
+
+    async def _settle(self, taken: Taken, actual: int) -> bool:
+        if not taken.record:
+            return False
+        corrected = corrections(taken, actual, self._force.table)
+        return (await self.leases.holds.settle(taken.record, corrected)).settled
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
@@ -345,3 +464,19 @@ class Limiter(Deciding):
     def tier_of(self, account: Account) -> str:
         """Return the name of the tier that the account falls in now, by the backend's clock."""
         return self._table.tier_of(account, self.backend.now())
+
+
+async def _nobody(*_: object) -> Claimed:
+    raise UsageError("concurrency and reservations need one of our backends")
+
+
+def _kept_us(settle_within: float) -> int:
+    """Return for how long a reservation is kept, in microseconds.
+
+    Raises:
+        UsageError: It is out of bounds.
+    """
+    most = _LONGEST_SETTLE_US // SECOND_US
+    if type(settle_within) not in (int, float) or not 1 <= settle_within <= most:
+        raise UsageError(f"settle_within must be from 1 to {most:,} s, got {settle_within!r:.80}")
+    return round(settle_within * SECOND_US)

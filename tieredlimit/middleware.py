@@ -14,6 +14,7 @@ from starlette.websockets import WebSocketClose
 
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import STATUSES, Decision, Reason
+from tieredlimit.ending import left_after
 from tieredlimit.errors import BackendError, Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
@@ -119,12 +120,23 @@ class TieredLimitMiddleware:
                 await answer(scope, receive, send)
                 return
 
+        await self._run(limits, scope, receive, send)
+
+    async def _run(self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; show its limits on the way back, and see to its end."""
         legacy = self._legacy_fields
         started = False
+        left: int | None = None
+        ending = limits.ending
+        if self.limiter.refunds:
+            receive = ending.watch(receive)
 
         async def send_with_limits(message: Message) -> None:
-            nonlocal started
+            nonlocal started, left
             kind = message["type"]
+            if ending.needed:
+                left = left_after(message, left, scope.get("method", ""))
+                await ending.before(message, started=started, last=left == 0)
             if kind in _WITH_HEADERS:
                 started = True
                 if limits.decisions and not limits.denied:
@@ -142,7 +154,12 @@ class TieredLimitMiddleware:
             if started:
                 raise
             answer = await self._denial(limits, denied.decision, scope)
-            await answer(scope, receive, send)
+            # Its status counts as any: what else was taken may be given back.
+            await answer(scope, receive, send_with_limits)
+        except Exception as exc:
+            if not started:
+                await ending.failed(exc)
+            raise
 
     async def _get_ready(self) -> bool:
         """Load the stored policy, where no lifespan has done so."""

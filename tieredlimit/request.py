@@ -12,9 +12,11 @@ from starlette.types import Scope
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import Decision
+from tieredlimit.ending import Ending
 from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer, Identify, resolve
-from tieredlimit.limiter import Limiter
+from tieredlimit.limiter import SETTLE_WITHIN, Limiter
+from tieredlimit.settling import Reservation
 
 __all__ = ["STATE_KEY", "RequestLimits"]
 
@@ -29,6 +31,7 @@ class RequestLimits:
         limiter: What decides.
         decisions: What was decided so far, by feature.
         denied: True once the middleware answers with a denial, whose fields then stand.
+        ending: What is done at the end of the response.
     """
 
     __slots__ = (
@@ -41,6 +44,7 @@ class RequestLimits:
         "_scope",
         "decisions",
         "denied",
+        "ending",
         "limiter",
     )
 
@@ -61,6 +65,7 @@ class RequestLimits:
         self._answer: Answer = None
         self._asking: asyncio.Lock | None = None
         self._pending: dict[str, asyncio.Task[Decision]] | None = None
+        self.ending = Ending(limiter, self.decisions)
 
     def end(self) -> None:
         """Let go of the request, which is over; what a task of its handler still takes counts.
@@ -68,6 +73,7 @@ class RequestLimits:
         A scope and we refer to each other: left so, each request would wait for the garbage
         collector, which under load stops the whole process for tens of milliseconds.
         """
+        self.ending.end()
         if self._account is not None:
             self._scope = {}
         else:
@@ -92,7 +98,8 @@ class RequestLimits:
     ) -> Decision:
         """Charge the feature once in this request and return the decision.
 
-        A second take of the same feature charges nothing and returns the first one's decision.
+        A second take of the same feature charges nothing and returns the first one's decision. A
+        lease is renewed while the response runs, and released at its end unless it was detached.
         `account` is who to charge instead of whom the middleware's `identify` names. Where that
         fails, the decision is the feature's outage answer.
 
@@ -106,6 +113,12 @@ class RequestLimits:
         if decision is not None:
             self._warn_of_another(feature, account)
             return decision
+        return await self._take_once(feature, cost, account, None)
+
+    async def _take_once(
+        self, feature: str, cost: int, account: Account | None, settle_within: float | None
+    ) -> Decision:
+        """Take what was not decided yet, together with whoever takes it at the same time."""
         if type(feature) is not str:
             return await self.take_first(feature, cost, account)
         if self._pending is None:
@@ -114,7 +127,8 @@ class RequestLimits:
         pending = underway.get(feature)
         if pending is None:
             # A task, so that a second door that comes while the first still waits joins it.
-            pending = asyncio.ensure_future(self.take_first(feature, cost, account))
+            taking = self.take_first(feature, cost, account, settle_within=settle_within)
+            pending = asyncio.ensure_future(taking)
             underway[feature] = pending
             pending.add_done_callback(lambda _: underway.pop(feature))
         return await asyncio.shield(pending)
@@ -125,10 +139,11 @@ class RequestLimits:
         cost: int,
         account: Account | None = None,
         rematch: Callable[[], tuple[str, int]] | None = None,
+        settle_within: float | None = None,
     ) -> Decision:
         """Do what `take` does where nothing else can be taking the feature yet.
 
-        `rematch` is as for `Limiter.take`.
+        `rematch` and `settle_within` are as for `Limiter.take`.
         """
         decision: Decision | None
         failure, waited = None, False
@@ -147,11 +162,46 @@ class RequestLimits:
         if account is None:
             decision = self.limiter.outage(feature, cost, failure or UsageError("nobody is it"))
         else:
-            decision = self.limiter.take_now(account, feature, cost)
+            decision = None
+            if settle_within is None:
+                decision = self.limiter.take_now(account, feature, cost)
             if decision is None:
-                decision = await self.limiter.take(account, feature, cost, rematch=rematch)
+                decision = await self.limiter.take(
+                    account, feature, cost, rematch=rematch, settle_within=settle_within
+                )
         self.decisions[decision.feature] = decision
+        if decision.taken is not None:
+            self.ending.add(decision)
         return decision
+
+    async def reserve(
+        self,
+        feature: str,
+        cost: int = 1,
+        *,
+        account: Account | None = None,
+        settle_within: float = SETTLE_WITHIN,
+    ) -> Reservation:
+        """Charge an estimate once in this request, to be corrected as `Limiter.reserve` says.
+
+        Await it: `reservation = await request.state.tieredlimit.reserve("video", 30)`, then
+        `await reservation.settle(seconds)`, here or by its token. Its lease is as of `take`. Where
+        the feature is charged already, as by its route, that cost is final.
+
+        Raises:
+            Denied: It is denied; the middleware renders it.
+            UsageError: As `Limiter.reserve`, or the feature was charged in this request before.
+            HTTPException: `identify` raised it, to answer the request itself.
+        """
+        if type(feature) is str and (feature in self.decisions or feature in (self._pending or ())):
+            told = "leave its routes out of the policy where a handler reserves"
+            raise UsageError(f'"{feature:.80}" was charged in this request already; {told}')
+        reservation = Reservation(
+            lambda: self._take_once(feature, cost, account, settle_within),
+            lambda taken, actual: self.limiter.settle(taken.token(), actual),
+        )
+        (await reservation.take()).raise_if_denied()
+        return reservation
 
     def fields(self, *, legacy: bool) -> list[Field]:
         """Return the response fields of everything taken, each field once."""

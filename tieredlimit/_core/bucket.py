@@ -29,7 +29,7 @@ def settle_instant(stored: int | None, now: int, clamp_us: int) -> int:
 def debit(quota: Quota, full_at: int, now: int, cost: int) -> int | None:
     """Return the bucket's new `full_at`, or None if `cost` does not fit now."""
     candidate = full_at + cost * quota.interval_us
-    return candidate if candidate - now <= quota.window_us else None
+    return candidate if candidate - now <= quota.reach_us else None
 
 
 def remaining(quota: Quota, debt_us: int) -> int:
@@ -39,13 +39,14 @@ def remaining(quota: Quota, debt_us: int) -> int:
 
 def wait_us(quota: Quota, debt_us: int, cost: int) -> int | None:
     """Return the microseconds until `cost` fits, 0 if it does now, None if it never will."""
-    if cost > quota.capacity:
+    if cost > quota.capacity - quota.leave:
         return None
-    return max(0, debt_us + cost * quota.interval_us - quota.window_us)
+    return max(0, debt_us + cost * quota.interval_us - quota.reach_us)
 
 
 def next_token_us(quota: Quota, debt_us: int) -> int | None:
     """Return the microseconds until one more whole token is there, None if the bucket is full."""
     if debt_us <= 0:
         return None
-    return wait_us(quota, debt_us, remaining(quota, debt_us) + 1)
+    more = remaining(quota, debt_us) + 1
+    return max(0, debt_us + more * quota.interval_us - quota.window_us)

@@ -9,11 +9,11 @@ from typing import Any
 
 from tieredlimit._core.quota import MAX_AMOUNT, Quota, parse_quota_rate
 from tieredlimit._core.reading import Reading, join, spell
+from tieredlimit._core.slots import read_slots
 
 UNLIMITED = "unlimited"
-WORDS = ("rate", "capacity", "name", "per")
+WORDS = ("rate", "capacity", "name", "per", "concurrency", "lease")
 
-_LATER = ("concurrency", "lease")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 _MAX_MESSAGE = 1_000
 _MAX_QUOTAS = 16
@@ -42,7 +42,11 @@ def read_shadow(reading: Reading, path: str, feature: str, value: Any) -> Conten
         return None
     if _is_whole_cell(value):
         return Content()
-    return _read_quotas(reading, path, feature, value, "0")
+    content = _read_quotas(reading, path, feature, value, "0")
+    if content and any(quota.concurrency for quota in content.quotas):
+        reading.fault(path, "concurrency is not measured: what is only measured holds no slot")
+        return None
+    return content
 
 
 def _read_quotas(
@@ -63,6 +67,7 @@ def _read_quotas(
         _read_quota(reading, f"{path}[{i}]", feature, one, otherwise) for i, one in enumerate(value)
     ]
     _check_names(reading, path, quotas)
+    _check_slots(reading, path, quotas)
     return Content(tuple(filter(None, quotas))) if len(reading.faults) == before else None
 
 
@@ -119,7 +124,8 @@ def _read_table(
     reading: Reading, path: str, feature: str, table: Mapping[Any, Any]
 ) -> Quota | None:
     before = len(reading.faults)
-    reading.known(path, table, WORDS, _LATER)
+    reading.known(path, table, WORDS)
+    slots = read_slots(reading, path, table)
     if "capacity" in table:
         reading.whole(join(path, "capacity"), table["capacity"], 1, MAX_AMOUNT)
     for word in ("name", "per"):
@@ -133,7 +139,7 @@ def _read_table(
     elif not isinstance(rate, str):
         reading.fault(place, f'got {spell(rate)}; write a rate such as "5/minute"')
     elif len(reading.faults) == before:
-        return _build(reading, place, feature, rate, table)
+        return _build(reading, place, feature, rate, table, *slots)
     else:
         # For its own faults: with a wrong capacity the bucket's window is not known.
         _build(reading, place, feature, rate, {"capacity": 1})
@@ -141,7 +147,13 @@ def _read_table(
 
 
 def _build(
-    reading: Reading, path: str, feature: str, text: str, table: Mapping[Any, Any]
+    reading: Reading,
+    path: str,
+    feature: str,
+    text: str,
+    table: Mapping[Any, Any],
+    concurrency: int | None = None,
+    lease_us: int | None = None,
 ) -> Quota | None:
     """Build the quota of a rate and the checked rest of its table."""
     parsed = reading.parse(path, lambda rate: parse_quota_rate(rate, table.get("capacity")), text)
@@ -152,7 +164,8 @@ def _build(
         reading.warn(path, warning)
     per: str | None = table.get("per")
     name = f"{feature}-{rate.label}" + (f"-{per}" if per else "")
-    return Quota(table.get("name", name), text, capacity, interval_us, per)
+    name = table.get("name", name)
+    return Quota(name, text, capacity, interval_us, per, concurrency, lease_us)
 
 
 def _check_names(reading: Reading, path: str, quotas: list[Quota | None]) -> None:
@@ -169,3 +182,16 @@ def _check_names(reading: Reading, path: str, quotas: list[Quota | None]) -> Non
                 f"{path}[{i}].name",
                 f"{spell(quota.name)} is taken by {path}[{first}]; give one of them another name",
             )
+
+
+def _check_slots(reading: Reading, path: str, quotas: list[Quota | None]) -> None:
+    """Note a second `concurrency` of one subject: the smaller of both would decide alone."""
+    seen: dict[str | None, int] = {}
+    for i, quota in enumerate(quotas):
+        if quota is not None and quota.concurrency is not None:
+            first = seen.setdefault(quota.per, i)
+            if first != i:
+                reading.fault(
+                    f"{path}[{i}].concurrency",
+                    f"{path}[{first}] has one for the same subject; keep the smaller one",
+                )

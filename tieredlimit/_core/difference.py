@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tieredlimit._core.policy import Policy
+from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import Quota
+from tieredlimit._core.rate import spell_duration
 from tieredlimit._core.reading import join, spell
 from tieredlimit._core.tier import Cell, Feature, Tier
 
@@ -95,8 +97,14 @@ def _features(old: Mapping[str, Feature], new: Mapping[str, Feature]) -> Iterato
         path, before, after = join("features", name), old.get(name), new.get(name)
         if before is None or after is None:
             yield Difference(path, "" if before else None, "" if after else None)
-        elif before.outage != after.outage:
-            yield Difference(join(path, "outage"), before.outage, after.outage)
+        else:
+            for word, was_said, is_said in (
+                ("outage", before.outage, after.outage),
+                ("pool", *_spell_pools(before.pool, after.pool)),
+                ("refund_on", _spell_refunds(before), _spell_refunds(after)),
+            ):
+                if was_said != is_said:
+                    yield Difference(join(path, word), was_said, is_said)
         was, will = _routes(before), _routes(after)
         for route in dict.fromkeys([*was, *will]):
             if was.get(route) != will.get(route):
@@ -137,6 +145,24 @@ def _cells(path: str, old: Mapping[str, Cell], new: Mapping[str, Cell]) -> Itera
             yield Difference(place, _spell_texts(said), _spell_texts(after.messages))
 
 
+def _spell_pools(before: Pool | None, after: Pool | None) -> tuple[str | None, str | None]:
+    """Return both pools, None for one that is not there; equal ones are spelled as one is."""
+    was, will = (None if one is None else f"{one.name}: {one.spell()}" for one in (before, after))
+    if before == after:
+        return was, was
+    if before and after and was == will:
+        leases, others = (_spell_leases([one.quota]) for one in (before, after))
+        return f"{was}{leases}", f"{will}{others}"
+    return was, will
+
+
+def _spell_refunds(feature: Feature) -> str | None:
+    statuses = [str(status) for status in sorted(feature.refund_on)]
+    if feature.refund_on_exception:
+        statuses.append("an exception")
+    return ", ".join(statuses) or None
+
+
 def _routes(feature: Feature | None) -> dict[str, str]:
     routes = feature.routes if feature else ()
     return {str(route): f"costs {cost:,}" for route, cost in routes}
@@ -151,12 +177,22 @@ def _when(tier: Tier | None) -> str | None:
 
 
 def _spell_both(before: Cell, after: Cell) -> tuple[str, str]:
-    """Return both cells, with the names of their quotas where these alone differ."""
+    """Return both cells, with the names and the leases of their quotas where these alone differ."""
     was, will = before.spell(), after.spell()
     if was != will:
         return was, will
+    leases, other_leases = (_spell_leases(cell.quotas) for cell in (before, after))
+    if leases != other_leases:
+        was, will = f"{was}{leases}", f"{will}{other_leases}"
     names, others = ([quota.name for quota in cell.quotas] for cell in (before, after))
-    return f"{was} named {', '.join(names)}", f"{will} named {', '.join(others)}"
+    if names != others:
+        was, will = f"{was} named {', '.join(names)}", f"{will} named {', '.join(others)}"
+    return was, will
+
+
+def _spell_leases(quotas: Iterable[Quota]) -> str:
+    leases = [spell_duration(quota.lease_us) for quota in quotas if quota.lease_us is not None]
+    return f" for {', '.join(leases)}"
 
 
 def _spell_shadows(before: Cell | None, after: Cell | None) -> tuple[str | None, str | None]:

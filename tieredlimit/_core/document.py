@@ -13,9 +13,7 @@ from tieredlimit._core.rows import Rows
 from tieredlimit._core.tier import Feature, Tier
 from tieredlimit.errors import Fault, PolicyError
 
-WORDS = ("order", "features", "defaults", "tiers")
-
-_LATER = ("pools",)
+WORDS = ("order", "features", "pools", "defaults", "tiers")
 
 
 def read_document(
@@ -32,8 +30,10 @@ def read_document(
     top = reading.table("", document)
     if reading.faults:
         raise PolicyError(reading.faults, source)
-    reading.known("", top, WORDS, _LATER)
-    features = read_features(reading, top.get("features", {}))
+    reading.known("", top, WORDS)
+    said = top.get("tiers")
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, Mapping) else []
+    features = read_features(reading, top.get("features", {}), top.get("pools", {}), names)
     tables = reading.named_tables("tiers", top.get("tiers", {}))
     rows = Rows(reading, features, tables, top.get("defaults", {}))
     cells = {name: rows.cells(name) for name in tables}

@@ -20,6 +20,15 @@ KEY_FORMAT = 1
 SHADOW = "~shadow"
 """Behind a tier's name: the buckets of its cells in shadow. No name holds a `~`."""
 
+LEASES = "~lease"
+"""Behind a tier's name, or a pool's: the slots that are held."""
+
+POOL = "~pool"
+"""In the place of a feature: what all its accounts share."""
+
+RESERVATION = "~reservation"
+"""The same: what was charged and may still be settled."""
+
 ACCOUNT = ""
 ADDRESS = "*"
 STAND_IN = "="
@@ -36,6 +45,11 @@ def key_prefix(namespace: str, shard: int, feature: str, tier: str, per: str | N
 def revision_key(namespace: str, shard: int) -> str:
     """Return where a shard holds the number and the digest of its revision."""
     return f"tl{KEY_FORMAT}:{{{namespace}:{shard}}}:revision"
+
+
+def reservation_key(tag: str, id: bytes) -> str:  # noqa: A002 -- the reservation's
+    """Return where a reservation is noted, beside the buckets of a hash tag."""
+    return f"tl{KEY_FORMAT}:{{{tag}}}:{RESERVATION}:{id.hex()}"
 
 
 def subject_name(subject: str, mark: str = ACCOUNT) -> str:

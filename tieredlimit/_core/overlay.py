@@ -13,7 +13,12 @@ _Shape = Mapping[str, Any]
 # The tables that merge; "*" is any name. All others only make sense whole: half a quota, half a
 # condition or half a list of routes would mean what neither file says.
 _ROW: _Shape = {"quotas": {}, "shadow": {}, "messages": {}}
-_MERGED: _Shape = {"features": {"*": {}}, "defaults": _ROW, "tiers": {"*": _ROW}}
+_MERGED: _Shape = {
+    "features": {"*": {}},
+    "pools": {"*": {"leave": {}}},
+    "defaults": _ROW,
+    "tiers": {"*": _ROW},
+}
 
 _LAST_PART = re.compile(r"(^|[.\[])[^.\[]*$")
 
@@ -24,7 +29,8 @@ def overlay(
     """Return `base` with `above` laid over it; neither is changed.
 
     Tables merge key by key, down to the parts that only make sense whole, which `above` replaces:
-    a cell, a message, a `when`, a feature's `routes`. Lists and values are replaced.
+    a cell, a message, a `when`, a feature's `routes` and its own `pool`. Lists and values are
+    replaced.
     """
     merged = dict(base)
     for key, value in above.items():

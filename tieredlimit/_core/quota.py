@@ -23,7 +23,11 @@ class Quota:
         capacity: Tokens in a full bucket, at least 1.
         interval_us: Microseconds from one token to the next.
         per: The subject around the account that is charged, or None for the account itself.
+        concurrency: Slots that the subject may hold at once, None where nothing is held.
+        lease_us: Microseconds after which a slot that nobody renews is free, None without slots.
+        leave: Tokens that a take must leave in the bucket: 0 but for a pool's.
         window_us: Microseconds from empty to full.
+        reach_us: The debt up to which a take may go: the window, less what it must leave.
         clamp_us: How far ahead of now a bucket's instant may stand before it is lowered.
         tag: Four bytes that stand for the name in the store.
         policy_item: The quota's item of `RateLimit-Policy`.
@@ -35,7 +39,11 @@ class Quota:
     capacity: int
     interval_us: int
     per: str | None = None
+    concurrency: int | None = None
+    lease_us: int | None = None
+    leave: int = 0
     window_us: int = field(init=False)
+    reach_us: int = field(init=False)
     clamp_us: int = field(init=False)
     tag: bytes = field(init=False, repr=False)
     policy_item: str = field(init=False, repr=False)
@@ -44,6 +52,7 @@ class Quota:
     def __post_init__(self) -> None:
         # Settling may leave a bucket one capacity below empty: the clamp must let that stand.
         object.__setattr__(self, "window_us", self.capacity * self.interval_us)
+        object.__setattr__(self, "reach_us", self.window_us - self.leave * self.interval_us)
         object.__setattr__(self, "clamp_us", 2 * self.window_us)
         object.__setattr__(self, "tag", blake2b(self.name.encode(), digest_size=4).digest())
         item = policy_item(self.name, self.capacity, self.window_us)

@@ -72,14 +72,10 @@ class Reading:
                 named[name] = self.table(place, entry)
         return named
 
-    def known(
-        self, path: str, table: Mapping[Any, Any], words: Sequence[str], later: Sequence[str] = ()
-    ) -> None:
-        """Note every key that is not one of the words, or that is one for a `later` release."""
+    def known(self, path: str, table: Mapping[Any, Any], words: Sequence[str]) -> None:
+        """Note every key that is not one of the words."""
         for key in table:
-            if key in later:
-                self.fault(join(path, key), "is not supported yet")
-            elif key not in words:
+            if key not in words:
                 self.fault(join(path, key), f"unknown key {spell(key)}{did_you_mean(key, words)}")
 
     def name(self, path: str, value: Any) -> None:

@@ -4,87 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from struct import pack
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.fields import policy_field
+from tieredlimit._core.demands import Demands, PoolPart, slots_of
 from tieredlimit._core.force import Variants, in_force, overridden
-from tieredlimit._core.keys import ADDRESS, SHADOW, STAND_IN, key_prefix, subject_name
+from tieredlimit._core.keys import ADDRESS, SHADOW, key_prefix
 from tieredlimit._core.matcher import Matcher
 from tieredlimit._core.override import Override, edges
 from tieredlimit._core.policy import Policy
+from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.ranking import NEAR_US, NEVER_US, Ranking, Unknowns
 from tieredlimit._core.revision import NOTHING
+from tieredlimit._core.shelf import Shelf, shared_of
 from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.tally import Tallies, Tally
 from tieredlimit._core.tier import Cell, Feature
-
-_FIRST_SHARD = ":0}"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shelf:
-    """Hold the quotas of a cell that charge one kind of subject: their buckets share one key.
-
-    Attributes:
-        quotas: The quotas, at least one.
-        per: The subject around the account that is charged, None for the account itself.
-        prefix: The key without the subject, on the first shard.
-        catch_all: True in the last of several tiers, where strangers land.
-        tags: What stands for the quotas' names in a store, in their order.
-        steps: Interval, window and clamp of each quota.
-        packed: What a take of cost 1 charges, as the store's script reads it.
-        packed_peek: The same for cost 0.
-        parts: How many numbers the script answers with for it alone: whether, and each debt.
-    """
-
-    quotas: tuple[Quota, ...]
-    per: str | None
-    prefix: str
-    catch_all: bool
-    tags: tuple[int, ...] = field(init=False)
-    steps: tuple[tuple[int, int, int], ...] = field(init=False)
-    packed: bytes = field(init=False, repr=False)
-    packed_peek: bytes = field(init=False, repr=False)
-    parts: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        # What equal quotas have in common is there once: a policy of thousands of cells, most of
-        # them defaults, must fit the processor's caches.
-        shared = _shared(self.quotas)
-        for name in ("quotas", "tags", "steps", "packed", "packed_peek", "parts"):
-            object.__setattr__(self, name, getattr(shared, name))
-
-    def key(self, account: Account, shard: int = 0) -> str:
-        """Return the key of the account's buckets on a shard.
-
-        An account that is not within such a subject stands alone, as a subject of its own that no
-        id can spell.
-
-        Raises:
-            UsageError: An id cannot be stored.
-        """
-        prefix = self.prefix
-        if shard:
-            before, _, after = prefix.partition(_FIRST_SHARD)
-            prefix = f"{before}:{shard}}}{after}"
-        if self.per is None:
-            return prefix + subject_name(account.id, ADDRESS if account.anonymous else "")
-        subject = account.within.get(self.per)
-        if subject is None:
-            mark = STAND_IN + ADDRESS if account.anonymous else STAND_IN
-            return prefix + subject_name(account.id, mark)
-        return prefix + subject_name(subject)
-
-    def packed_for(self, cost: int) -> bytes:
-        """Return what a take of `cost` charges, as the store's script reads it."""
-        if cost == 1:
-            return self.packed
-        return self.packed_peek if cost == 0 else _packed(self.quotas, cost)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +40,7 @@ class Entry:
         closure: The override that closes it, None where it is open.
         shadow: What is measured beside it and never enforced, on buckets of its own; None for
             nothing.
+        demands: What a take asks for beside the buckets, None where that is nothing.
     """
 
     cell: Cell
@@ -115,6 +53,7 @@ class Entry:
     variants: Variants[Entry] | None = None
     closure: Override | None = None
     shadow: Entry | None = None
+    demands: Demands | None = None
 
 
 class Table:
@@ -138,6 +77,7 @@ class Table:
         rows: The cells by feature, for each tier in the policy's order.
         since: The first instant for which it holds, in microseconds on the backend's clock.
         before: The first one after that for which it does not, None where there is none.
+        refunds: Whether any feature gives back what failed requests were charged.
         timed: Whether a decision depends on the instant, other than by its buckets.
 
     Raises:
@@ -146,7 +86,7 @@ class Table:
 
     __slots__ = (
         *("_by_name", "_namespace", "_pers", "_stamps", "before", "match", "overrides", "policy"),
-        *("ranking", "rows", "shards", "since", "standing", "timed", "_measured_pers"),
+        *("ranking", "refunds", "rows", "shards", "since", "standing", "timed", "_measured_pers"),
     )
 
     def __init__(
@@ -171,6 +111,7 @@ class Table:
             for route, cost in feature.routes
         )
         self.match = matcher.match
+        self.refunds = any(feature.refunds for feature in policy.features.values())
         self.overrides: dict[str, list[Override]] = {}
         for one in overrides:
             self.overrides.setdefault(one.feature, []).append(one)
@@ -237,6 +178,20 @@ class Table:
         """
         return self._shard_of(account, self._pers)
 
+    def place_of(self, account: Account, entry: Entry) -> tuple[int, int]:
+        """Return the shard that holds all that a take of a cell charges, and the pool's slice.
+
+        A pool and its features are on one shard, or on one for each slice; the slice is 0 where
+        there is no pool.
+        """
+        pool = None if entry.demands is None else entry.demands.pool
+        if pool is None:
+            return self.shard_of(account), 0
+        part = 0
+        if len(pool.shelves) > 1:
+            part = self._digest_of(account, self._pers) % len(pool.shelves)
+        return pool.shards[part], part
+
     def measured_shard_of(self, account: Account) -> int:
         """Return the shard that holds the buckets of an account's cells in shadow.
 
@@ -246,14 +201,16 @@ class Table:
         return self._shard_of(account, self._measured_pers)
 
     def _shard_of(self, account: Account, pers: AbstractSet[str]) -> int:
-        if self.shards == 1:
-            return 0
+        return 0 if self.shards == 1 else self._digest_of(account, pers) % self.shards
+
+    def _digest_of(self, account: Account, pers: AbstractSet[str]) -> int:
+        """Return what spreads accounts: equal for all that share a bucket."""
         outermost = next((per for per in reversed([*account.within]) if per in pers), None)
         if outermost is None:
             name = f"{ADDRESS if account.anonymous else ''}:{account.id}"
         else:
             name = f"{outermost}:{account.within[outermost]}"
-        return crc32(name.encode("utf-8", "surrogatepass")) % self.shards
+        return crc32(name.encode("utf-8", "surrogatepass"))
 
     def entry(self, tier: str, feature: str) -> Entry:
         """Return the cell of a tier and a feature; a name that is not there is a KeyError."""
@@ -281,6 +238,7 @@ class _Cells:
         self._namespace = namespace
         self._now = now
         self._tallies = tallies
+        self._parts: dict[tuple[str, str], PoolPart] = {}
 
     def row(self, rank: int) -> dict[str, Entry]:
         """Return the cells of a tier by feature."""
@@ -309,12 +267,35 @@ class _Cells:
         return replace(base, variants=found)
 
     def _entry(self, cell: Cell, catch_all: bool) -> Entry:
-        entry = self._filled(cell, cell.tier, catch_all, self.pers)
+        entry = self._demanding(self._filled(cell, cell.tier, catch_all, self.pers))
         if cell.shadow is None:
             return entry
         tier = cell.tier + SHADOW
         shadow = self._filled(cell.shadow, tier, catch_all, self.measured_pers)
         return replace(entry, shadow=shadow)
+
+    def _demanding(self, entry: Entry) -> Entry:
+        """Return a cell that may take something together with what else its takes ask for."""
+        cell, pool = entry.cell, entry.feature.pool
+        if cell.zero:
+            return entry
+        own = slots_of(cell.quotas, self._namespace, cell.feature, cell.tier)
+        if pool is None and not own and not entry.feature.refunds:
+            return entry
+        part = None if pool is None else self._part(pool, cell.tier)
+        demands = Demands(part, own, entry.feature.refunds)
+        if part is None:
+            return replace(entry, demands=demands)
+        reach = part.quota.capacity - part.quota.leave
+        most = reach if entry.most is None else min(entry.most, reach)
+        return replace(entry, demands=demands, most=most)
+
+    def _part(self, pool: Pool, tier: str) -> PoolPart:
+        part = self._parts.get((pool.name, tier))
+        if part is None:
+            part = PoolPart.of(pool, tier, self._namespace, self._table.shards)
+            self._parts[pool.name, tier] = part
+        return part
 
     def _filled(self, cell: Cell, tier: str, catch_all: bool, pers: set[str]) -> Entry:
         """Return a cell with its shelves, whose keys have this in the place of a tier."""
@@ -331,7 +312,7 @@ class _Cells:
             )
             for per, quotas in kinds.items()
         )
-        shared = _shared(tuple(quota for shelf in shelves for quota in shelf.quotas))
+        shared = shared_of(tuple(quota for shelf in shelves for quota in shelf.quotas))
         return Entry(
             cell,
             self._table.policy.features[cell.feature],
@@ -341,47 +322,3 @@ class _Cells:
             shared.policy_field,
             self._tallies.of(cell.feature, cell.tier),
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Shared:
-    """Hold what follows from quotas alone; see `Shelf` and `Entry`."""
-
-    quotas: tuple[Quota, ...]
-    tags: tuple[int, ...]
-    steps: tuple[tuple[int, int, int], ...]
-    packed: bytes
-    packed_peek: bytes
-    parts: int
-    policy_field: bytes
-
-
-@lru_cache(maxsize=16_384)
-def _shared(quotas: tuple[Quota, ...]) -> _Shared:
-    return _Shared(
-        quotas,
-        tuple(int.from_bytes(quota.tag, "little") for quota in quotas),
-        tuple((quota.interval_us, quota.window_us, quota.clamp_us) for quota in quotas),
-        _packed(quotas, 1),
-        _packed(quotas, 0),
-        1 + len(quotas),
-        policy_field(quotas),
-    )
-
-
-def _packed(quotas: tuple[Quota, ...], cost: int) -> bytes:
-    """Return per quota: the tag, then increment, window and clamp as little-endian doubles.
-
-    All are whole microseconds below 2**53, which a double holds exactly.
-    """
-    packed = b"".join(
-        pack(
-            "<4sddd",
-            quota.tag,
-            float(cost * quota.interval_us),
-            float(quota.window_us),
-            float(quota.clamp_us),
-        )
-        for quota in quotas
-    )
-    return b"$%d\r\n%b\r\n" % (len(packed), packed)

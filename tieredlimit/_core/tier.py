@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tieredlimit._core.condition import When
+from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.routes import Route
 
@@ -51,11 +52,28 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """Describe what is metered: its routes with their costs, and the answer during an outage."""
+    """Describe what is metered.
+
+    Attributes:
+        name: Its name.
+        routes: The requests that count, with their costs.
+        outage: What they get while the store cannot be asked.
+        pool: The capacity that all accounts share, None for none.
+        refund_on: The statuses with which a request costs nothing after all.
+        refund_on_exception: Whether one costs nothing whose handler raises before it answers.
+    """
 
     name: str
     routes: tuple[tuple[Route, int], ...]
     outage: Outage
+    pool: Pool | None = None
+    refund_on: frozenset[int] = frozenset()
+    refund_on_exception: bool = False
+
+    @property
+    def refunds(self) -> bool:
+        """Say whether the end of a request may give back what it was charged."""
+        return self.refund_on_exception or bool(self.refund_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +90,6 @@ def _spell_quota(quota: Quota) -> str:
     amount = _AMOUNT.match(text)
     if amount is None or int(amount[1]) != quota.capacity:
         text = f"{text} cap {quota.capacity}"
-    return f"{text} per {quota.per}" if quota.per else text
+    if quota.per:
+        text = f"{text} per {quota.per}"
+    return text if quota.concurrency is None else f"{text}, {quota.concurrency} at once"

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
+from tieredlimit._core.shelf import Shelf
+from tieredlimit._core.slots import Slot
 from tieredlimit._core.stamp import Stamp
-from tieredlimit._core.table import Shelf
 from tieredlimit.errors import BackendError
 
 
@@ -23,6 +24,24 @@ class Charge(NamedTuple):
     cost: int
 
 
+class Claim(NamedTuple):
+    """Ask for what lasts longer than a take, together with its charges: all of it or none.
+
+    Attributes:
+        id: 16 bytes that name what is taken. The caller makes them, so that what it never heard of
+            can be released; empty only counts the slots that are held.
+        slots: One slot of each of these.
+        record: The key under which is noted what was charged, so that it can be settled; empty for
+            none.
+        keep_us: Microseconds for which that is kept.
+    """
+
+    id: bytes
+    slots: Sequence[Slot]
+    record: str = ""
+    keep_us: int = 0
+
+
 class Reply(NamedTuple):
     """Say what became of the charges.
 
@@ -36,6 +55,15 @@ class Reply(NamedTuple):
     allowed: bool
     now: int
     debts: list[int]
+
+
+class Claimed(NamedTuple):
+    """Say what became of the charges and a claim: the same, and per slot how many others hold."""
+
+    allowed: bool
+    now: int
+    debts: list[int]
+    held: list[int]
 
 
 class StaleError(BackendError):
@@ -111,6 +139,23 @@ class ComparingBackend(Backend, Protocol):
         Raises:
             StaleError: The stamp is not in force. Nothing was charged.
             BackendError: As for `Backend.take`.
+        """
+        ...
+
+    async def claim(
+        self,
+        charges: Sequence[Charge],
+        claim: Claim,
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> Claimed:
+        """Do what `take` does, and what is claimed in the same call: all of it or none.
+
+        All keys share a hash tag.
+
+        Raises:
+            StaleError: As `take`. Nothing was charged or claimed.
+            BackendError: As `take`. What is claimed may be held: release it by its id.
         """
         ...
 

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from tieredlimit._core.stamp import Stamp, prepared_for
 from tieredlimit._core.tally import CallStats
-from tieredlimit.backends.backend import Charge, Reply, StaleError
+from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply, StaleError
 from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.errors import BackendError
 
@@ -56,8 +56,8 @@ class Script:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
-        self.evalsha = bulk(b"EVALSHA") + bulk(sha.encode())
+        self.sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.evalsha = bulk(b"EVALSHA") + bulk(self.sha.encode())
         self.eval = bulk(b"EVAL") + bulk(text.encode())
 
 
@@ -65,22 +65,24 @@ class Waiting:
     """Hold a decision that somebody waits for, ready to be sent."""
 
     __slots__ = (
-        *("charges", "future", "keys", "names", "numbers", "parts", "redirected"),
+        *("charges", "claim", "future", "keys", "names", "numbers", "parts", "redirected"),
         *("stamp", "times"),
     )
 
     def __init__(
         self,
-        future: asyncio.Future[Reply],
+        future: asyncio.Future[Any],
         charges: Sequence[Charge],
         stamp: Stamp | None,
         times: tuple[int, int] | None,
+        claim: Claim | None = None,
     ) -> None:
         self.future = future
         self.charges = charges
+        self.claim = claim
         self.stamp = stamp
         self.times = times
-        if len(charges) == 1:
+        if len(charges) == 1 and claim is None:
             key, shelf, cost = charges[0]
             name = key.encode()
             self.names = b"$%d\r\n%b\r\n" % (len(name), name)
@@ -88,13 +90,42 @@ class Waiting:
             self.keys = 1
             self.parts = shelf.parts
         else:
-            self.names = b"".join([bulk(key.encode()) for key, _, _ in charges])
-            self.numbers = b"".join([shelf.packed_for(cost) for _, shelf, cost in charges])
-            self.keys = len(charges)
-            self.parts = 1 + sum([shelf.parts - 1 for _, shelf, _ in charges])
+            self._spell(charges, claim)
         """How many numbers of a reply are its own."""
         self.redirected = 0
         """How often in a row a node of a cluster has sent it to another."""
+
+    def key(self, at: int) -> str:
+        """Return one of its keys, in the order in which they are sent."""
+        if at < len(self.charges):
+            return self.charges[at].key
+        return self.claim.slots[at - len(self.charges)].key if self.claim else ""
+
+    def _spell(self, charges: Sequence[Charge], claim: Claim | None) -> None:
+        names, numbers, parts = [], [], 1
+        for key, shelf, cost in charges:
+            if shelf.spelled:
+                names.append(shelf.spelled)
+            else:
+                name = key.encode()
+                names.append(b"$%d\r\n%b\r\n" % (len(name), name))
+            numbers.append(shelf.packed if cost == 1 else shelf.packed_for(cost))
+            parts += shelf.parts - 1
+        if claim is not None:
+            id_, slots, record, keep_us = claim
+            for key, limit, lease_us in slots:
+                name = key.encode()
+                names.append(b"$%d\r\n%b\r\n" % (len(name), name))
+                if id_:
+                    numbers.append(b"$32\r\n%b\r\n" % pack("<16sdd", id_, limit, lease_us))
+                else:
+                    numbers.append(b"$16\r\n%b\r\n" % pack("<dd", limit, lease_us))
+                parts += 1
+            if record:
+                names.append(bulk(record.encode()))
+                numbers.append(bulk(pack("<d", keep_us)))
+        self.names, self.numbers = b"".join(names), b"".join(numbers)
+        self.keys, self.parts = len(names), parts
 
 
 class Call:
@@ -160,7 +191,7 @@ class Calls:
         self.measuring: deque[Waiting] = deque()
         """What only measures and is to be sent."""
         self._again: deque[list[Waiting]] = deque()
-        self._deadlines: deque[tuple[float, asyncio.Future[Reply]]] = deque()
+        self._deadlines: deque[tuple[float, asyncio.Future[Any]]] = deque()
         self._timer: asyncio.Handle | None = None
         self._due = 0.0
         self._loop: Any = None  # the event loop, from the first decision on
@@ -175,10 +206,13 @@ class Calls:
         charges: Sequence[Charge],
         stamp: Stamp | None = None,
         times: tuple[int, int] | None = None,
+        claim: Claim | None = None,
         *,
         shadow: bool = False,
-    ) -> asyncio.Future[Reply]:
+    ) -> asyncio.Future[Any]:
         """Let a decision wait for the next call; one in `shadow` only measures.
+
+        Its result is a `Reply`, or a `Claimed` where there is a claim.
 
         Raises:
             BackendError: Too many wait already, or the decision has too many keys.
@@ -193,8 +227,8 @@ class Calls:
         loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[Reply] = loop.create_future()
-        queue.append(Waiting(future, charges, stamp, times))
+        future: asyncio.Future[Any] = loop.create_future()
+        queue.append(Waiting(future, charges, stamp, times, claim))
         deadlines = self._deadlines
         # What is decided need not be kept until its deadline.
         while deadlines and deadlines[0][1].done():
@@ -255,12 +289,15 @@ class Calls:
             if future.done():
                 continue
             said = reply[at]
-            if said >= 0:
+            if said < 0:
+                error = BackendError(f"Redis holds what is no bucket under {one.key(-said - 1)}")
+                future.set_exception(error)
+            elif one.claim is None:
                 future.set_result(Reply(said == 1, now, reply[at + 1 : end]))
             else:
-                broken = [charge.key for charge in one.charges[-said - 1 : -said]]
-                error = BackendError(f"Redis holds what is no bucket under {', '.join(broken)}")
-                future.set_exception(error)
+                first = end - len(one.claim.slots)
+                held = reply[first:end]
+                future.set_result(Claimed(said == 1, now, reply[at + 1 : first], held))
         return None
 
     def fail(self, call: Call, why: str, cause: BaseException | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tieredlimit._core.stamp import Stamp
-from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply
 from tieredlimit.backends.fleet import Fleet
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.nodecalls import Address
@@ -66,6 +66,11 @@ class ClusterBackend(OverRedis[Fleet]):
         host, port = address
         return connection_of(self._pool, host=host, port=port)
 
+    @property
+    def explicit_clock(self) -> Callable[[], int] | None:
+        """What is decided by instead of the server's time; None for that."""
+        return self.server_clock.explicit
+
     def now(self) -> int:
         """Return the servers' clock in microseconds, carried on from the latest reply."""
         return self.server_clock.now()
@@ -85,17 +90,24 @@ class ClusterBackend(OverRedis[Fleet]):
             BackendError: The node did not answer within the timeout, refused, or is not there. The
                 charges may or may not have been applied.
         """
-        fleet = self._fleet()
-        if fleet.ready:
-            return await fleet.add(charges, stamp, times)
-        try:
-            async with asyncio.timeout(self.timeout):
-                await fleet.open()
-                return await fleet.add(charges, stamp, times)
-        except TimeoutError as exc:
-            raise BackendError(
-                f"the Redis Cluster did not answer within {self.timeout:g} s"
-            ) from exc
+        reply: Reply = await self._ask(charges, stamp, times, None)
+        return reply
+
+    async def claim(
+        self,
+        charges: Sequence[Charge],
+        claim: Claim,
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> Claimed:
+        """Do what `take` does, and what is claimed in the same call: all of it or none.
+
+        Raises:
+            StaleError: As `take`.
+            BackendError: As `take`. What is claimed may be held: release it by its id.
+        """
+        claimed: Claimed = await self._ask(charges, stamp, times, claim)
+        return claimed
 
     def measure(
         self,
@@ -109,6 +121,25 @@ class ClusterBackend(OverRedis[Fleet]):
             BackendError: Too many wait already, or the nodes are not known yet.
         """
         return self._fleet().measure(charges, stamp, times)
+
+    async def _ask(
+        self,
+        charges: Sequence[Charge],
+        stamp: Stamp | None,
+        times: tuple[int, int] | None,
+        claim: Claim | None,
+    ) -> Any:
+        fleet = self._fleet()
+        if fleet.ready:
+            return await fleet.add(charges, stamp, times, claim)
+        try:
+            async with asyncio.timeout(self.timeout):
+                await fleet.open()
+                return await fleet.add(charges, stamp, times, claim)
+        except TimeoutError as exc:
+            raise BackendError(
+                f"the Redis Cluster did not answer within {self.timeout:g} s"
+            ) from exc
 
     def _fleet(self) -> Fleet:
         return self._sessions.here()

@@ -1,4 +1,4 @@
-"""The store of revisions, heartbeats and the label that belongs to a backend."""
+"""The stores that belong to a backend: of revisions and heartbeats, and of what takes hold."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from tieredlimit._core.keys import revision_key as shard_key
 from tieredlimit.backends.backend import Backend
 from tieredlimit.backends.cluster import ClusterBackend
 from tieredlimit.backends.heartbeat import Heartbeat
+from tieredlimit.backends.holds import Holds
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.memory import MemoryBackend
 from tieredlimit.backends.memory_control import MemoryControl
+from tieredlimit.backends.memory_holds import MemoryHolds
 from tieredlimit.backends.nodecalls import Address
 from tieredlimit.backends.nodes import Route
 from tieredlimit.backends.redis import RedisBackend
 from tieredlimit.backends.redis_control import RedisControl
+from tieredlimit.backends.redis_holds import RedisHolds
 from tieredlimit.backends.revisions import POLL_INTERVAL, ControlStore, Published
 from tieredlimit.errors import UsageError
 
@@ -23,6 +26,7 @@ __all__ = [
     "Published",
     "RedisControl",
     "control_store",
+    "holds_of",
     "shard_key",
 ]
 
@@ -49,18 +53,29 @@ def control_store(
     """
     if isinstance(backend, MemoryBackend):
         return MemoryControl(backend, namespace, shards)
+    return RedisControl(_route(backend), namespace, shards, poll_interval=poll_interval)
+
+
+def holds_of(backend: Backend) -> Holds | None:
+    """Return what looks after slots and reservations in a backend; None where it has none."""
+    if isinstance(backend, MemoryBackend):
+        return MemoryHolds(backend)
+    if isinstance(backend, RedisBackend | ClusterBackend):
+        return RedisHolds(_route(backend), backend.explicit_clock)
+    return None
+
+
+def _route(backend: Backend) -> Route:
     if isinstance(backend, RedisBackend):
         pool = backend._pool  # noqa: SLF001 -- of this package
-        route = Route(lambda _: connection_of(pool))
-    elif isinstance(backend, ClusterBackend):
+        return Route(lambda _: connection_of(pool))
+    if isinstance(backend, ClusterBackend):
         cluster = backend
-        route = Route(lambda node: cluster.connection_to(_named(node)), tuple(cluster.seeds))
-    else:
-        raise UsageError(
-            "live control needs a MemoryBackend, RedisBackend or ClusterBackend, "
-            f"got {type(backend).__name__}"
-        )
-    return RedisControl(route, namespace, shards, poll_interval=poll_interval)
+        return Route(lambda node: cluster.connection_to(_named(node)), tuple(cluster.seeds))
+    raise UsageError(
+        "live control needs a MemoryBackend, RedisBackend or ClusterBackend, "
+        f"got {type(backend).__name__}"
+    )
 
 
 def _named(node: Address | None) -> Address:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from redis.crc import key_slot
 
 from tieredlimit._core.stamp import Stamp
-from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.backend import Charge, Claim, Reply
 from tieredlimit.backends.calls import MAX_WAITING, Call, Waiting, fail_all
 from tieredlimit.backends.link import Link
 from tieredlimit.backends.nodecalls import Address, NodeCalls, tag_of
@@ -84,7 +84,8 @@ class Fleet:
         charges: Sequence[Charge],
         stamp: Stamp | None = None,
         times: tuple[int, int] | None = None,
-    ) -> asyncio.Future[Reply]:
+        claim: Claim | None = None,
+    ) -> asyncio.Future[Any]:
         """Let a decision wait for the next call to the primary that has its keys.
 
         Raises:
@@ -93,7 +94,7 @@ class Fleet:
         if self._closed:
             raise BackendError(CLOSED)
         member = self._member_of(tag_of(charges, stamp))
-        future = member.calls.add(charges, stamp, times)
+        future = member.calls.add(charges, stamp, times, claim)
         member.link.offer()
         return future
 

@@ -9,8 +9,10 @@ from threading import Lock
 from weakref import WeakSet
 
 from tieredlimit._core.bucket import debit
-from tieredlimit._core.table import Shelf
-from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit._core.shelf import Shelf
+from tieredlimit._core.stamp import Stamp
+from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply
+from tieredlimit.backends.memory_slots import Records, SlotRoom
 from tieredlimit.backends.rooms import Room, charge_held, charge_new
 from tieredlimit.errors import UsageError
 
@@ -40,7 +42,7 @@ class MemoryBackend:
         max_keys: The most keys kept, one per subject, feature and tier. A key leaves by itself
             once its buckets are full. A subject for which there is no room gets the feature's
             outage answer: a bucket that is not full is never forgotten. As many are kept apart
-            for cells in shadow, if there are any.
+            for cells in shadow, of slots, and of reservations, if there are any.
         max_catch_all_keys: The same for subjects of the last of several tiers, kept apart so that
             strangers cannot crowd out accounts.
 
@@ -61,9 +63,11 @@ class MemoryBackend:
         self.now = clock
         self._accounts = Room(max_keys, "max_keys")
         self._strangers = Room(max_catch_all_keys, "max_catch_all_keys")
-        self._lock = Lock()
+        self.lock = Lock()
         self._bounds = max_keys, max_catch_all_keys
         self._measured: MemoryBackend | None = None
+        self.slots = SlotRoom(max_keys)
+        self.records = Records(max_keys)
         _living.add(self)
 
     def __len__(self) -> int:
@@ -86,7 +90,7 @@ class MemoryBackend:
         Raises:
             BackendError: There is no room for a subject not yet known; nothing was charged.
         """
-        with self._lock:
+        with self.lock:
             now = self.now()
             if len(charges) == 1:
                 key, shelf, cost = charges[0]
@@ -103,7 +107,26 @@ class MemoryBackend:
                     debts = charge_new(room, key, shelf, cost, now)
                 if debts is not None:
                     return new_tuple(Reply, (True, now, debts))
-            return self._take(charges, now)
+            return Reply(*self._take(charges, now, None)[:3])
+
+    async def claim(
+        self,
+        charges: Sequence[Charge],
+        claim: Claim,
+        stamp: Stamp | None = None,  # noqa: ARG002 -- as stores have it that compare revisions
+        times: tuple[int, int] | None = None,  # noqa: ARG002 -- the same
+    ) -> Claimed:
+        """Charge every bucket and take what is claimed, or none of it; as `claim_now`."""
+        return self.claim_now(charges, claim)
+
+    def claim_now(self, charges: Sequence[Charge], claim: Claim) -> Claimed:
+        """Charge every bucket and take what is claimed, or none of it.
+
+        Raises:
+            BackendError: There is no room for something not yet known; nothing was charged.
+        """
+        with self.lock:
+            return self._take(charges, self.now(), claim)
 
     def measure_now(self, charges: Sequence[Charge]) -> Reply:
         """Do what `take_now` does, on buckets apart: what only measures takes nobody's room.
@@ -113,7 +136,7 @@ class MemoryBackend:
         """
         measured = self._measured
         if measured is None:
-            with self._lock:
+            with self.lock:
                 measured = self._measured
                 if measured is None:
                     most, most_catch_all = self._bounds
@@ -122,17 +145,24 @@ class MemoryBackend:
                     )
         return measured.take_now(charges)
 
-    def _take(self, charges: Sequence[Charge], now: int) -> Reply:
+    def _take(self, charges: Sequence[Charge], now: int, claim: Claim | None) -> Claimed:
         read: dict[str, tuple[Room, Shelf, list[int], bool]] = {}
         for key, shelf, _ in charges:
             if key not in read:
                 room = self._room(key, shelf)
                 read[key] = (room, shelf, *room.read(key, shelf, now))
         debited = self._debit(charges, read, now)
+        held: list[int] = []
+        if claim is not None:
+            held = [self.slots.held(slot, now) for slot in claim.slots]
+            if any(n >= slot.limit for n, slot in zip(held, claim.slots, strict=True)):
+                debited = None
         # A charge of cost 0 only reads.
         written = {key for key, _, cost in charges if cost}
         if debited is not None:
             self._make_room(written, read, now)
+            if claim is not None and claim.id:
+                self._claim(claim, charges, now)
         for key in written:
             room, shelf, before, lowered = read[key]
             if debited is not None:
@@ -144,7 +174,26 @@ class MemoryBackend:
         debts: list[int] = []
         for key, _, _ in charges:
             debts += [at - now for at in (read[key][2] if debited is None else debited[key])]
-        return Reply(debited is not None, now, debts)
+        return Claimed(debited is not None, now, debts, held)
+
+    def _claim(self, claim: Claim, charges: Sequence[Charge], now: int) -> None:
+        """Take what is claimed: where there is no room for it, nothing is charged either."""
+        self.slots.sweep(now)
+        self.slots.require_space(len(claim.slots), now)
+        if claim.record:
+            self.records.require_space(now)
+            charged = [
+                (quota.tag, cost * quota.interval_us)
+                for _, shelf, cost in charges
+                for quota in shelf.quotas
+            ]
+            self.records.put(claim.record, charged, now + claim.keep_us)
+        for slot in claim.slots:
+            self.slots.take(slot, claim.id, now)
+
+    def room_of(self, key: str) -> Room:
+        """Return where a key is held, or where one goes that nobody knows; the lock is held."""
+        return self._strangers if key in self._strangers.held else self._accounts
 
     def _make_room(
         self, written: set[str], read: dict[str, tuple[Room, Shelf, list[int], bool]], now: int
@@ -187,8 +236,8 @@ def _before_fork() -> None:
     # Nobody may be in the middle of a take: in the child, which has no other thread, a lock that
     # was held would never be released.
     for backend in list(_living):
-        backend._lock.acquire()  # noqa: SLF001 -- of this module
-        _held_by_fork.append(backend._lock)  # noqa: SLF001 -- of this module
+        backend.lock.acquire()
+        _held_by_fork.append(backend.lock)
 
 
 def _after_fork() -> None:

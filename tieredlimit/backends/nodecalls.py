@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tieredlimit._core.stamp import Stamp
-from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.backend import Charge, Claim
 from tieredlimit.backends.calls import (
     MAX_DECISIONS,
     MAX_KEYS,
@@ -54,9 +54,10 @@ class NodeCalls(Calls):
         charges: Sequence[Charge],
         stamp: Stamp | None = None,
         times: tuple[int, int] | None = None,
+        claim: Claim | None = None,
         *,
         shadow: bool = False,
-    ) -> asyncio.Future[Reply]:
+    ) -> asyncio.Future[Any]:
         """Let a decision wait for the next call of its tag; as `Calls.add`.
 
         Raises:
@@ -64,7 +65,7 @@ class NodeCalls(Calls):
         """
         if not shadow and self._sorted + len(self._queue) >= MAX_WAITING:
             raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
-        return super().add(charges, stamp, times, shadow=shadow)
+        return super().add(charges, stamp, times, claim, shadow=shadow)
 
     def take_over(
         self, decisions: list[Waiting], *, asking: bool = False, again: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from tieredlimit._core.stamp import Stamp
-from tieredlimit.backends.backend import Charge, Reply
+from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply
 from tieredlimit.backends.calls import Calls
 from tieredlimit.backends.link import Link, connection_of
 from tieredlimit.backends.server import (
@@ -96,6 +96,11 @@ class RedisBackend(OverRedis[Link]):
             )
         return cls(client_of(url, options), clock=clock, timeout=timeout)
 
+    @property
+    def explicit_clock(self) -> Callable[[], int] | None:
+        """What is decided by instead of the server's time; None for that."""
+        return self._clock.explicit
+
     def now(self) -> int:
         """Return the server's clock in microseconds, carried on from its latest reply.
 
@@ -117,7 +122,25 @@ class RedisBackend(OverRedis[Link]):
                 The charges may or may not have been applied.
         """
         link = self._sessions.here()
-        future = link.calls.add(charges, stamp, times)
+        future: asyncio.Future[Reply] = link.calls.add(charges, stamp, times)
+        link.offer()
+        return await future
+
+    async def claim(
+        self,
+        charges: Sequence[Charge],
+        claim: Claim,
+        stamp: Stamp | None = None,
+        times: tuple[int, int] | None = None,
+    ) -> Claimed:
+        """Do what `take` does, and what is claimed in the same call: all of it or none.
+
+        Raises:
+            StaleError: As `take`.
+            BackendError: As `take`. What is claimed may be held: release it by its id.
+        """
+        link = self._sessions.here()
+        future: asyncio.Future[Claimed] = link.calls.add(charges, stamp, times, claim)
         link.offer()
         return await future
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any
 
 from tieredlimit._core.bucket import settle_instant
-from tieredlimit._core.table import Shelf
+from tieredlimit._core.shelf import Shelf
 from tieredlimit.errors import BackendError
 
 Held = int | tuple[Any, ...]
@@ -19,6 +20,7 @@ _SLOT_BITS = 20
 
 _SWEEP = 8
 _SWEEP_WHEN_FULL = 1_000
+_SLACK = 1_000
 _NEVER = 2**63
 
 
@@ -49,7 +51,7 @@ class Room:
         due: The instant from which a sweep may find something.
     """
 
-    __slots__ = ("_heap", "_maximum", "_name", "_slots", "due", "held")
+    __slots__ = ("_heap", "_maximum", "_name", "_slots", "_stale", "due", "held")
 
     def __init__(self, maximum: int, name: str) -> None:
         self.held: dict[str, Held] = {}
@@ -58,6 +60,7 @@ class Room:
         self._name = name
         self._slots: dict[int, list[str]] = {}
         self._heap: list[int] = []
+        self._stale = 0
 
     def read(self, key: str, shelf: Shelf, now: int) -> tuple[list[int], bool]:
         """Return the instant of each quota's bucket, and whether a clamp lowered one."""
@@ -102,6 +105,37 @@ class Room:
         self._schedule(key, now + max(debts))
         return True
 
+    def correct(self, key: str, changes: Sequence[tuple[int, int, int]], now: int) -> list[int]:
+        """Change a key's buckets by tag, microseconds and clamp each; return their debts since.
+
+        As the store's script `settle` does. A new key is kept even beyond the maximum.
+        """
+        held = self.held.get(key)
+        instants = {} if held is None else dict(zip(*unfold(held), strict=True))
+        debts = []
+        for tag, us, clamp in changes:
+            before = max(instants.get(tag, now), now)
+            after = max(before + us, now)
+            if us > 0:
+                after = max(before, min(after, now + clamp))
+            if after != before:
+                instants[tag] = after
+            debts.append(after - now)
+        kept = {tag: at for tag, at in instants.items() if at > now}
+        if kept:
+            self.held[key] = fold(tuple(kept), list(kept.values()))
+        elif held is not None:
+            del self.held[key]
+        if held is None:
+            if kept:
+                self._schedule(key, max(kept.values()))
+        elif max(kept.values(), default=now) < max(unfold(held)[1]):
+            # It leaves earlier than it was going to; where it stood, it still does.
+            if kept:
+                self._schedule(key, max(kept.values()))
+            self._count_stale()
+        return debts
+
     def adopt(self, key: str, held: Held) -> None:
         """Take over a key from another room, even beyond the maximum: it is not full."""
         self.held[key] = held
@@ -138,6 +172,15 @@ class Room:
                     del self.held[key]
                 else:
                     self._schedule(key, full_at)
+
+    def _count_stale(self) -> None:
+        """Count that a key stands where it need not, and put all anew where most do."""
+        self._stale += 1
+        if self._stale > 2 * len(self.held) + _SLACK:
+            self._stale = 0
+            self._slots, self._heap, self.due = {}, [], _NEVER
+            for key, held in self.held.items():
+                self._schedule(key, max(unfold(held)[1]))
 
     def _schedule(self, key: str, full_at: int) -> None:
         slot = full_at >> _SLOT_BITS

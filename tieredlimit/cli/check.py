@@ -8,6 +8,7 @@ import click
 
 from tieredlimit._core.policy import Policy
 from tieredlimit.cli import policies as policy_files
+from tieredlimit.cli.pools import pools_of
 from tieredlimit.cli.terminal import count, echo_json, printable
 from tieredlimit.errors import Fault, PolicyError
 
@@ -45,6 +46,8 @@ def _summary(paths: Sequence[str], policy: Policy, strict: bool) -> str:
         f"{count(sizes['tiers'], 'tier')} x {count(sizes['features'], 'feature')}, "
         f"{count(sizes['quotas'], 'quota')}, {count(sizes['routes'], 'route')}"
     )
+    if sizes["pools"]:
+        size = f"{size}, {count(sizes['pools'], 'pool')}"
     failed = strict and policy.warnings
     word = click.style("not ok", fg="red") if failed else click.style("ok", fg="green")
     parts = [f"{printable(' + '.join(paths))}: {word}", size]
@@ -76,4 +79,5 @@ def _sizes(policy: Policy) -> dict[str, int]:
         "features": len(policy.features),
         "quotas": sum(len(cell.quotas) for tier in policy.tiers for cell in tier.cells.values()),
         "routes": sum(len(feature.routes) for feature in policy.features.values()),
+        "pools": len(pools_of(policy)),
     }

@@ -34,6 +34,7 @@ from tieredlimit.cli.session import (
     run,
     session,
 )
+from tieredlimit.cli.standing import Standing, asked, demanding, unasked
 from tieredlimit.cli.terminal import echo_json, printable
 from tieredlimit.decision import Decision
 from tieredlimit.errors import UsageError
@@ -90,10 +91,11 @@ def command(
     """Say what becomes of a request, and why.
 
     PATH is below the application's root path, as a client sends it; a query is ignored. METHOD of
-    a WebSocket is WS. Buckets count as full.
+    a WebSocket is WS. The account's own buckets count as full.
 
     With --redis, or without POLICY: by the policy that is stored there, else by POLICY, and with
-    the overrides in force. Without --redis only POLICY is read, wherever TIEREDLIMIT_REDIS points.
+    the overrides in force; and, unless --at is another instant, with the feature's pool and slots
+    as they stand now. Without --redis only POLICY is read, wherever TIEREDLIMIT_REDIS points.
 
     \b
     tieredlimit explain policy.toml --plan free --created-at 2026-11-20 POST /v1/videos
@@ -125,7 +127,14 @@ def command(
         name, cost = _known_feature(policy, str(feature)), 1 if cost is None else cost
     choice = choose_tier(policy, account, now)
     winner, rulings = rule(head, name, account, choice.tier, now)
-    decision = _decide(policy, account, now, cell_under(policy, choice.tier, name, winner), cost)
+    cell = cell_under(policy, choice.tier, name, winner)
+    decision = _decide(policy, account, now, cell, cost)
+    standing = unasked(policy, cell, cost)
+    if connected and at is None and demanding(policy, cell):
+        anybody = account_id is None
+        standing = run(_stand(place, policy, head, cell, account, cost, anybody=anybody))
+        if decision.allowed and standing.decision and not standing.decision.allowed:
+            decision = standing.decision
     if winner is not None and winner.action == "close":
         wait = None if winner.end_us is None else (winner.end_us - now) / SECOND_US
         decision = Decision(False, "closed", decision.cell, cost, wait)
@@ -144,6 +153,7 @@ def command(
         ],
         head.number if connected else None,
         rulings,
+        standing,
     )
     if as_json:
         echo_json(document(explanation))
@@ -160,6 +170,20 @@ def _has_file(words: Sequence[str], feature: str | None) -> bool:
 async def _look(place: Place) -> tuple[Revision, int]:
     async with session(place) as opened:
         return await opened.store.head(), await opened.store.now()
+
+
+async def _stand(
+    place: Place,
+    policy: Policy,
+    head: Revision,
+    cell: Cell,
+    account: Account,
+    cost: int,
+    *,
+    anybody: bool,
+) -> Standing:
+    async with session(place) as opened:
+        return await asked(opened, policy, head, cell, account, cost, anybody=anybody)
 
 
 def _known_feature(policy: Policy, name: str) -> str:

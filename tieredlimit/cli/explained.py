@@ -1,4 +1,4 @@
-"""Everything that can be said of one take from full buckets, as a page and as JSON."""
+"""Everything that can be said of one take, as a page and as JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from tieredlimit._core.explanation import (
     spell_age,
 )
 from tieredlimit._core.quota import Quota
-from tieredlimit._core.rate import spell_instant
+from tieredlimit._core.rate import SECOND_US, spell_duration, spell_instant
 from tieredlimit._core.tier import Feature
 from tieredlimit.cli.inforce import Ruling
 from tieredlimit.cli.requests import Request
 from tieredlimit.cli.spelled import override_document
+from tieredlimit.cli.standing import (
+    Standing,
+    pool_paragraphs,
+    refund_paragraph,
+    slot_paragraphs,
+    standing_document,
+)
 from tieredlimit.cli.table import quota_document
 from tieredlimit.cli.terminal import count, printable, width
 from tieredlimit.decision import Decision
@@ -33,7 +40,7 @@ _NARROWEST = 20
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Hold a take from full buckets, with its reasons.
+    """Hold a take from full buckets of the account's own, with its reasons.
 
     Attributes:
         request: What was asked about, None where it was a feature.
@@ -47,6 +54,7 @@ class Explanation:
         notes: What is easily overlooked.
         revision: The number of the revision in force, None where only files were read.
         rulings: What becomes of each override of the feature.
+        standing: The pool and the slots that it asks for.
     """
 
     request: Request | None
@@ -58,8 +66,9 @@ class Explanation:
     feature: Feature
     decision: Decision
     notes: Sequence[str]
-    revision: int | None = None
-    rulings: Sequence[Ruling] = ()
+    revision: int | None
+    rulings: Sequence[Ruling]
+    standing: Standing
 
 
 def page(explanation: Explanation) -> Iterator[str]:
@@ -79,13 +88,19 @@ def page(explanation: Explanation) -> Iterator[str]:
     if explanation.revision is not None:
         yield from _section("override", lines or [f"none, under revision {explanation.revision}"])
     yield from _section("quotas", list(_quotas(explanation)))
-    yield from _section("answer", [_answer(decision)], "green" if decision.allowed else "red")
+    standing = explanation.standing
+    yield from _section("pool", list(pool_paragraphs(standing)))
+    yield from _section("slots", slot_paragraphs(standing))
+    answer = _answer(decision, standing)
+    yield from _section("answer", [answer], "green" if decision.allowed else "red")
     if not decision.allowed:
         yield from _section("", _texts(decision))
     fields = _fields(decision)
     yield from (f"{'':{_LABEL}}{name.decode()}: {value.decode()}" for name, value in fields)
-    if decision.allowed and decision.quotas and decision.cell.messages:
+    if decision.allowed and _limited(explanation) and decision.cell.messages:
         yield from _section("used up", ["429 Too Many Requests, with:", *_texts(decision)])
+    refund = None if decision.cell.zero else refund_paragraph(explanation.feature)
+    yield from _section("refund", [] if refund is None else [refund])
     yield from _section("outage", [_outage(explanation)])
     yield from _section("note", explanation.notes, "yellow")
 
@@ -125,6 +140,9 @@ def _quotas(explanation: Explanation) -> Iterator[str]:
         interval, window = spell_about(quota.interval_us), spell_about(quota.window_us)
         held = f"holds {quota.capacity:,}, one more every {interval}"
         yield f"  {held}, empty to full in {window}"
+        if quota.concurrency is not None and quota.lease_us is not None:
+            lease = spell_duration(quota.lease_us)
+            yield f"  {count(quota.concurrency, 'slot')}, each free {lease} after its last renewal"
 
 
 def _charged(quota: Quota, account: Account) -> str:
@@ -137,27 +155,79 @@ def _charged(quota: Quota, account: Account) -> str:
     return f"{quota.per} {subject}"
 
 
-def _answer(decision: Decision) -> str:
-    cell, cost = decision.cell, decision.cost
+def _limited(explanation: Explanation) -> bool:
+    """Say whether anything limits the account's takes."""
+    return bool(explanation.decision.cell.quotas) or explanation.standing.pool is not None
+
+
+def _answer(decision: Decision, standing: Standing) -> str:
     if decision.allowed:
-        if cell.unlimited:
-            return "allowed: nothing limits it, and the response says nothing of limits"
-        fits = min(quota.capacity // cost for quota in cell.quotas) if cost else None
-        full = "the bucket is" if len(cell.quotas) == 1 else "all buckets are"
-        return f"allowed if {full} full" + (
-            "" if fits is None else f", {count(fits, 'time')} in a row"
-        )
+        return _allowed(decision, standing)
     status = HTTPStatus(decision.response().status_code)
-    told = f"{status.value} {status.phrase}"
+    return f"{status.value} {status.phrase}: {_why(decision, standing)}"
+
+
+def _allowed(decision: Decision, standing: Standing) -> str:
+    cell, cost, pool = decision.cell, decision.cost, standing.pool
+    if cell.unlimited and pool is None:
+        return "allowed: nothing limits it, and the response says nothing of limits"
+    rooms = [quota.capacity for quota in cell.quotas]
+    full = ["the bucket" if len(cell.quotas) == 1 else "all buckets"] if cell.quotas else []
+    as_it_stands = ""
+    if pool is not None and standing.room is not None:
+        rooms.append(standing.room)
+        if standing.debt is None:
+            full.append(f"pool {pool.name}")
+        else:
+            as_it_stands = f" as pool {pool.name} stands now"
+    told = "allowed"
+    if full:
+        verb = "is" if full[:1] != ["all buckets"] and len(full) == 1 else "are"
+        told = f"allowed if {' and '.join(full)} {verb} full"
+    if any(one.held is None for one in standing.slots) or (
+        standing.decision is None and _has_slots(decision, standing)
+    ):
+        told = f"{told} and a slot is free"
+    if as_it_stands:
+        told = f"{told},{as_it_stands}" if full else f"{told}{as_it_stands}"
+    return f"{told}, {count(min(rooms) // cost, 'time')} in a row" if cost else told
+
+
+def _has_slots(decision: Decision, standing: Standing) -> bool:
+    pool = standing.pool
+    own = any(quota.concurrency is not None for quota in decision.cell.quotas)
+    return own or (pool is not None and pool.quota.concurrency is not None)
+
+
+def _why(decision: Decision, standing: Standing) -> str:
+    """Return why it is denied."""
+    cell, cost, pool = decision.cell, decision.cost, decision.pool
     if decision.reason == "closed":
         wait = decision.retry_after
-        ends = "until further notice" if wait is None else f"for {spell_about(round(wait * 1e6))}"
-        return f"{told}: an override closes it {ends}"
+        ends = "until further notice" if wait is None else f"for {_about(wait)}"
+        return f"an override closes it {ends}"
     if cell.zero:
-        return f"{told}: this tier has 0, and no waiting helps"
-    smallest = min(cell.quotas, key=lambda quota: quota.capacity)
-    held = f"{smallest.name} never holds more than {smallest.capacity:,}"
-    return f"{told}: it costs {cost:,}, and {held}: it never fits"
+        return "this tier has 0, and no waiting helps"
+    if decision.reason == "quota":
+        smallest = min(cell.quotas, key=lambda quota: quota.capacity)
+        held = f"{smallest.name} never holds more than {smallest.capacity:,}"
+        return f"it costs {cost:,}, and {held}: it never fits"
+    if decision.reason == "pool" and pool is not None and pool.denies:
+        if decision.retry_after is None:
+            most = f"tier {cell.tier} never gets at more than {pool.capacity - pool.leave:,}"
+            return f"it costs {cost:,}, and {most} of pool {pool.name}: it never fits"
+        held = f"pool {pool.name} holds {pool.remaining:,}, of which tier {cell.tier} must leave"
+        fits = f"it fits in {_about(decision.retry_after)}, if nobody takes any"
+        return f"it costs {cost:,}, and {held} {pool.leave:,}: {fits}"
+    full = next(one for one in standing.slots if one.denies)
+    if full.pool:
+        may = f"all {count(full.limit, 'slot')} that tier {cell.tier} may fill in"
+        return f"{may} pool {full.name} are held"
+    return f"{full.name} has {count(full.limit, 'slot')}, and {full.held:,} are held"
+
+
+def _about(seconds: float) -> str:
+    return spell_about(round(seconds * SECOND_US))
 
 
 def _texts(decision: Decision) -> list[str]:
@@ -173,11 +243,17 @@ def _texts(decision: Decision) -> list[str]:
 
 def _outage(explanation: Explanation) -> str:
     decision = explanation.decision
-    if not decision.allowed or decision.cell.unlimited:
+    if decision.reason in ("zero", "closed") or _never_fits(decision):
         return "the same while Redis cannot answer: it is not asked"
     if explanation.feature.outage == "allow":
         return "allowed, and not counted, while Redis cannot answer"
     return "503 Service Unavailable while Redis cannot answer"
+
+
+def _never_fits(decision: Decision) -> bool:
+    if decision.reason == "pool":
+        return decision.pool is None or decision.pool.remaining is None
+    return decision.reason == "quota"
 
 
 def _section(label: str, paragraphs: Sequence[str], colour: str | None = None) -> Iterator[str]:
@@ -234,6 +310,9 @@ def document(explanation: Explanation) -> dict[str, object]:
             ],
             "messages": dict(decision.cell.messages),
         },
+        **standing_document(explanation.standing),
+        "refund_on": sorted(explanation.feature.refund_on),
+        "refund_on_exception": explanation.feature.refund_on_exception,
         "answer": _answer_document(decision),
         "outage": explanation.feature.outage,
         "notes": list(explanation.notes),

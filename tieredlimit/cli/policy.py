@@ -15,7 +15,7 @@ from tieredlimit._core.difference import Difference
 from tieredlimit._core.overlay import overlay
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.revision import Revision
-from tieredlimit.cli import confirm, whom
+from tieredlimit.cli import confirm, pools, whom
 from tieredlimit.cli import policies as policy_files
 from tieredlimit.cli.publishing import Manner, Plan, Publisher, require
 from tieredlimit.cli.session import Failure, Place, Session, connects, policy_of, run, session
@@ -107,9 +107,11 @@ def pull(_ctx: click.Context, place: Place, /, *, number: int | None, as_json: b
 @_json
 @connects
 def show(_ctx: click.Context, place: Place, /, *, as_json: bool) -> None:
-    """Print the table of the policy below the overrides, and where it comes from."""
+    """Print the table of the policy below the overrides, where it comes from, and its pools."""
     head = run(_revision(place, None))
     policy = _policy(head, place)
+    features, tiers = list(policy.features), [tier.name for tier in policy.tiers]
+    known = run(_levels(place, policy))
     stored = head.base is not None
     source = f"stored, revision {head.number}" if stored else printable(" + ".join(place.paths))
     cells = {
@@ -118,11 +120,14 @@ def show(_ctx: click.Context, place: Place, /, *, as_json: bool) -> None:
     }
     if as_json:
         told = {"revision": head.number, "stored": stored, "source": source, "cells": cells}
-        echo_json({**told, "overrides": len(head.overrides)})
+        told_of_pools = pools.document(policy, features, tiers, known)
+        echo_json({**told, "pools": told_of_pools, "overrides": len(head.overrides)})
         return
     click.echo(f"{place.namespace} · {source}")
     grid = {tier: {name: printable(t) for name, t in row.items()} for tier, row in cells.items()}
-    for line in lines(grid, list(policy.features), width()):
+    for line in lines(grid, features, width()):
+        click.echo(line)
+    for line in pools.lines(policy, features, tiers, known):
         click.echo(line)
     if head.overrides:
         told_of = count(len(head.overrides), "override")
@@ -173,6 +178,14 @@ async def _revision(place: Place, number: int | None) -> Revision:
         if number is None:
             return await opened.store.head()
         return require(await opened.store.revision(number), number)
+
+
+async def _levels(place: Place, policy: Policy) -> pools.Known:
+    found = pools.pools_of(policy)
+    if not found:
+        return {}
+    async with session(place) as opened:
+        return await pools.levels(opened, found.values())
 
 
 def _policy(head: Revision, place: Place) -> Policy:

@@ -1,9 +1,9 @@
-"""`tieredlimit reset` and `refund`: give an account its tokens back."""
+"""`tieredlimit reset` and `refund`: give an account its tokens back, and its slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import reduce
 from importlib.resources import files
@@ -13,20 +13,24 @@ from typing import Any
 import click
 
 from tieredlimit._core.account import Account
+from tieredlimit._core.demands import Demands, PoolPart
 from tieredlimit._core.explanation import spell_about
-from tieredlimit._core.keys import key_prefix
+from tieredlimit._core.keys import LEASES, key_prefix
+from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.reading import did_you_mean
 from tieredlimit._core.revision import Revision
-from tieredlimit._core.table import Shelf, Table
+from tieredlimit._core.shelf import subject_key
+from tieredlimit._core.table import Table
 from tieredlimit.cli import confirm
 from tieredlimit.cli.accounts import account_of
 from tieredlimit.cli.fleet import look
 from tieredlimit.cli.inforce import cell_under, pers_of, rule
 from tieredlimit.cli.instants import instant
+from tieredlimit.cli.pools import count_held
 from tieredlimit.cli.session import Failure, Place, Session, connects, policy_of, run, session
 from tieredlimit.cli.terminal import count, echo_json, printable
-from tieredlimit.errors import UsageError
+from tieredlimit.errors import BackendError, UsageError
 
 _REFUND = files("tieredlimit.backends").joinpath("lua/refund.lua").read_text("utf-8")
 
@@ -55,6 +59,8 @@ class Target:
         tiers: The tiers.
         sure: Whether these tiers were asked for, and are not just all there are.
         keys: By tier and charged subject, the key in Redis; all share a hash tag.
+        slots: The keys of the slots that these subjects may hold; the same hash tag.
+        pool: The pool that the feature takes from as well, None for none.
     """
 
     feature: str
@@ -62,6 +68,8 @@ class Target:
     tiers: Sequence[str]
     sure: bool
     keys: Mapping[tuple[str, str | None], str]
+    slots: Sequence[str]
+    pool: Pool | None
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,13 +78,15 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command("reset")
 @click.argument("feature")
+@click.option("--slots", is_flag=True, help="Free its slots too: running jobs go on, uncounted.")
 @_options
 @connects
 def reset(_ctx: click.Context, place: Place, /, *, feature: str, **given: Any) -> None:
     """Fill all buckets that an account has for FEATURE, in every tier or the one that is named.
 
     With --plan, --created or --tag: those of the tier that it falls in. Buckets that it shares,
-    such as its organisation's, are filled where --within names them.
+    such as its organisation's, are filled where --within names them; so are slots freed. A pool is
+    left as it is, with its slots.
     """
     run(_reset(place, feature, given))
 
@@ -89,7 +99,7 @@ def reset(_ctx: click.Context, place: Place, /, *, feature: str, **given: Any) -
 def refund(
     _ctx: click.Context, place: Place, /, *, feature: str, tokens: int, **given: Any
 ) -> None:
-    """Give an account N tokens of FEATURE back, never beyond full.
+    """Give an account N tokens of FEATURE back, never beyond full. A pool gets nothing back.
 
     Its tier is the one that is named, or that its --plan, --created and --tag say; without these,
     the only one in which it has used anything.
@@ -101,22 +111,56 @@ commands = (reset, refund)
 
 
 async def _reset(place: Place, feature: str, given: Mapping[str, Any]) -> None:
+    frees = given["slots"]
     async with session(place) as opened:
         head = await opened.store.head()
         target = await _target(opened, head, feature, given)
+        held = await _held(opened, target)
         told = f"fill the buckets of {_named(target)} for {feature} in {_tiers(target)}"
+        if frees:
+            told = f"{told}, and free {count(held, 'slot')}"
         await _agree(opened, told, given)
         keys = list(target.keys.values())
         removed = await opened.nodes.ask(keys[0], "DEL", *keys)
+        if frees:
+            held = await _held(opened, target)  # since the question, some jobs may have ended
+            await opened.nodes.ask(target.slots[0], "DEL", *target.slots)
     if given["as_json"]:
         listed = [{"tier": tier, "per": per} for tier, per in target.keys]
         echo_json({"feature": feature, "account": target.account.id, "filled": removed,
+                   "slots_held": held, "slots_freed": held if frees else 0,
                    "looked_at": listed})  # fmt: skip
-    elif removed:
+        return
+    if removed:
         told = f"{_named(target)} is full again for {feature}"
         click.echo(f"reset · {told} · {count(removed, 'key')} of buckets dropped")
     else:
         click.echo(f"nothing to reset · {_named(target)} has used nothing of {feature}")
+    for line in _slot_lines(target, held, frees=frees):
+        click.echo(line)
+
+
+async def _held(opened: Session, target: Target) -> int:
+    """Return how many slots are held.
+
+    Raises:
+        BackendError: Redis does not answer, or something else stands there.
+    """
+    now = await opened.store.now()
+    told = await opened.nodes.ask_all([(key, count_held(key, now)) for key in target.slots])
+    for reply in told:
+        if isinstance(reply, BackendError):
+            raise reply
+    return sum(told)
+
+
+def _slot_lines(target: Target, held: int, *, frees: bool) -> Iterator[str]:
+    if held and not frees:
+        yield f"slots · {held:,} held, and left so: --slots frees them, too"
+    elif frees:
+        yield f"slots · {held:,} freed" if held else "slots · none was held"
+    if held and frees and target.pool is not None and target.pool.quota.concurrency is not None:
+        yield f"pool {target.pool.name} · its slots stay held until their jobs or leases end"
 
 
 async def _refund(place: Place, feature: str, tokens: int, given: Mapping[str, Any]) -> None:
@@ -124,11 +168,14 @@ async def _refund(place: Place, feature: str, tokens: int, given: Mapping[str, A
         head = await opened.store.head()
         target = await _target(opened, head, feature, given)
         told = f"give {count(tokens, 'token')} of {feature} back to {_named(target)}"
+        if target.pool is not None:
+            told = f"{told}, and none to pool {target.pool.name}"
         await _agree(opened, told, given)
         tier = await _only_tier(opened, target)
         rows = [] if tier is None else await _give_back(opened, head, target, tier, tokens)
     if given["as_json"]:
-        echo_json({"feature": feature, "account": target.account.id, "tier": tier, "quotas": rows})
+        echo_json({"feature": feature, "account": target.account.id, "tier": tier, "quotas": rows,
+                   "pool": None if target.pool is None else target.pool.name})  # fmt: skip
         return
     if not any(row["debt_before"] for row in rows):
         click.echo(f"nothing to refund · {_named(target)} has used nothing of {feature}")
@@ -137,6 +184,8 @@ async def _refund(place: Place, feature: str, tokens: int, given: Mapping[str, A
         full = "full" if not left else f"full in {spell_about(round(left * 1e6))}"
         if row["debt_before"]:
             click.echo(f"refunded · {row['quota']} in tier {tier}: {full}")
+    if target.pool is not None and any(row["debt_before"] for row in rows):
+        click.echo(f"pool {target.pool.name} · stays as it is: only the account was given back to")
 
 
 async def _target(
@@ -154,15 +203,18 @@ async def _target(
         given["within"],
         given["anonymous"],
     )
-    table = Table(policy, opened.place.namespace, opened.shards)
+    namespace, now = opened.place.namespace, await opened.store.now()
+    table = Table(policy, namespace, opened.shards, overrides=head.overrides, now=now)
     described = account.plan is not None or account.created_at is not None or account.tags
     if tier is not None:
         _check("tier", tier, names)
         names = [tier]
     elif described:
-        names = [table.tier_of(account, await opened.store.now())]
+        names = [table.tier_of(account, now)]
     pers = pers_of(policy, head.overrides)
-    if opened.shards > 1 and pers and not account.within:
+    pool = policy.features[feature].pool
+    together = opened.shards == 1 or (pool is not None and pool.slices == 1)
+    if pers and not account.within and not together:
         raise UsageError(
             f"buckets are charged per {', '.join(sorted(pers))} as well, and lie where that is: "
             "say which with --within NAME=ID"
@@ -170,15 +222,34 @@ async def _target(
     for per in account.within:
         if per not in pers:
             raise UsageError(f'no quota is charged per "{per}"{did_you_mean(per, pers)}')
-    shard = table.shard_of(account)
+    shard = _shard(table, namespace, account, feature, names[0])
+    subjects = (None, *sorted(pers))
     keys = {
-        (name, per): Shelf(
-            (), per, key_prefix(opened.place.namespace, 0, feature, name, per), False
-        ).key(account, shard)
+        (name, per): subject_key(key_prefix(namespace, 0, feature, name, per), per, account, shard)
         for name in names
-        for per in (None, *sorted(pers))
+        for per in subjects
     }
-    return Target(feature, account, names, bool(tier or described), keys)
+    slots = [
+        subject_key(key_prefix(namespace, 0, feature, name + LEASES, per), per, account, shard)
+        for name in names
+        for per in subjects
+    ]
+    return Target(feature, account, names, bool(tier or described), keys, slots, pool)
+
+
+def _shard(table: Table, namespace: str, account: Account, feature: str, tier: str) -> int:
+    """Return the shard of all that takes of a feature charge to an account.
+
+    Where there is a pool it is the pool's, even of a tier whose cell is 0: an override may have
+    let it in.
+    """
+    entry = table.entry(tier, feature)
+    pool = entry.feature.pool
+    if pool is None:
+        return table.shard_of(account)
+    part = PoolPart.of(pool, tier, namespace, table.shards)
+    demands = Demands(part, (), refunds=False)
+    return table.place_of(account, replace(entry, demands=demands))[0]
 
 
 async def _agree(opened: Session, told: str, given: Mapping[str, Any]) -> None:
@@ -226,7 +297,7 @@ async def _give_back(
         for group in by_key.values()
     ]
     keys = list(by_key)
-    told = await opened.nodes.ask(keys[0], "EVAL", _REFUND, len(keys), *keys, *packed)
+    told = await opened.nodes.ask(keys[0], "EVAL", _REFUND, len(keys), *keys, *packed, "")
     ordered = [quota for group in by_key.values() for quota in group]
     return [
         {

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import click
+from click.core import ParameterSource
 
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import did_you_mean
 from tieredlimit.cli import policies as policy_files
+from tieredlimit.cli import pools as pool_lines
+from tieredlimit.cli.session import NAMED, REDIS, Failure, Place, place_of, run, session
 from tieredlimit.cli.terminal import display_width, echo_json, pad, printable, width
+from tieredlimit.errors import TieredLimitError
 
 _GAP = "  "
 _CORNER = "tier"
@@ -26,31 +30,93 @@ _Grid = Mapping[str, Mapping[str, str]]
 @policy_files.argument
 @click.option("--tier", "tiers", multiple=True, help="Show this tier; may be repeated.")
 @click.option("--feature", "features", multiple=True, help="Show this feature; may be repeated.")
+@REDIS
+@NAMED
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     policies: tuple[str, ...],
     *,
+    url: str | None,
+    namespace: str,
     tiers: tuple[str, ...],
     features: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Print what every tier may do with every feature.
+    """Print what every tier may do with every feature, and what it gets of each pool.
 
     Tiers stand in the order in which they are tried: the first that matches wins. "10/day cap 2"
     refills at 10 a day and holds 2 at most; "+" joins quotas that must all allow; "per org" is
     charged to the account's org.
+
+    Where a Redis is named, and POLICY has pools: how these stand there now.
     """
     policy = policy_files.load(policies)
     rows = _chosen("--tier", tiers, [tier.name for tier in policy.tiers])
     columns = _chosen("--feature", features, list(policy.features))
+    known: pool_lines.Known = {}
+    notes: list[str] = []
+    if url or ctx.get_parameter_source("namespace") is ParameterSource.COMMANDLINE:
+        place = place_of(ctx, url, namespace, ())
+        asked_for = ctx.get_parameter_source("url") is ParameterSource.COMMANDLINE
+        known, notes = _known(place, policy, columns, asked_for=asked_for)
     if as_json:
-        echo_json(_document(policy, rows, columns))
-        return
-    grid = {
-        row: {name: _spelled(policy.cell(row, name).spell()) for name in columns} for row in rows
-    }
-    for line in lines(grid, columns, width()):
-        click.echo(line)
+        pools = pool_lines.document(policy, columns, rows, known)
+        echo_json({**_document(policy, rows, columns), "pools": pools})
+    else:
+        grid = {
+            row: {name: _spelled(policy.cell(row, name).spell()) for name in columns}
+            for row in rows
+        }
+        for line in lines(grid, columns, width()):
+            click.echo(line)
+        for line in pool_lines.lines(policy, columns, rows, known):
+            click.echo(line)
+    for note in notes:
+        click.echo(printable(note), err=True)
+
+
+def _known(
+    place: Place, policy: Policy, features: Sequence[str], *, asked_for: bool
+) -> tuple[pool_lines.Known, list[str]]:
+    """Return how the pools of some features stand, and what else must be said of that.
+
+    Raises:
+        Failure: Redis does not answer, and the levels were `asked_for`.
+    """
+    if not pool_lines.pools_of(policy, features):
+        return {}, []
+    try:
+        return run(_look(place, policy, features))
+    except Failure as exc:
+        if asked_for:
+            raise
+        return {}, [f"how the pools stand is unknown: {exc.message}"]
+
+
+async def _look(
+    place: Place, policy: Policy, features: Sequence[str]
+) -> tuple[pool_lines.Known, list[str]]:
+    pools = pool_lines.pools_of(policy, features)
+    async with session(place) as opened:
+        known = await pool_lines.levels(opened, pools.values())
+        head = await opened.store.head()
+        notes = []
+        if opened.layout is None:
+            notes.append(f'no worker has ever used the namespace "{place.namespace}"')
+        if head.base is not None and _pools_stored(head.base) != pool_lines.pools_of(policy):
+            told = f"the policy that is stored (revision {head.number}) has other pools"
+            notes.append(f"{told}: the levels are told by POLICY's numbers")
+        return known, notes
+
+
+def _pools_stored(document: Mapping[str, object]) -> Mapping[str, object] | None:
+    """Return the pools of a stored policy, None where this release cannot read it."""
+    try:
+        return pool_lines.pools_of(Policy.from_dict(document))
+    except TieredLimitError:
+        return None
 
 
 def lines(grid: _Grid, features: Sequence[str], columns: int) -> Iterator[str]:
@@ -188,4 +254,6 @@ def quota_document(quota: Quota) -> dict[str, object]:
         "interval": quota.interval_us / SECOND_US,
         "window": quota.window_us / SECOND_US,
         "per": quota.per,
+        "concurrency": quota.concurrency,
+        "lease": None if quota.lease_us is None else quota.lease_us / SECOND_US,
     }

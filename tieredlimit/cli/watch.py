@@ -1,4 +1,4 @@
-"""`tieredlimit watch`: what is asked for right now, and who is denied."""
+"""`tieredlimit watch`: what is asked for right now, what is left of pools, and who is denied."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 
 import click
 
+from tieredlimit._core.pool import Pool
 from tieredlimit._core.rate import SECOND_US, spell_instant
+from tieredlimit._core.revision import Revision
 from tieredlimit._core.share import MAX_INSTANT_US
 from tieredlimit.backends.control import Heartbeat
 from tieredlimit.cli.fleet import Fleet, look
 from tieredlimit.cli.grid import grid
+from tieredlimit.cli.pools import Known, Level, Share, level_document, levels, pools_of, state
 from tieredlimit.cli.rates import Beats, Sample, between, spell_rate
-from tieredlimit.cli.session import Place, Session, connects, run, session
+from tieredlimit.cli.session import Failure, Place, Session, connects, policy_of, run, session
 from tieredlimit.cli.spelled import brief
 from tieredlimit.cli.terminal import printable
-from tieredlimit.errors import BackendError
+from tieredlimit.errors import BackendError, PolicyError
 
 _SHOWN = 10
 _TEXTS = ("feature", "tier", "reason", "account")
@@ -37,12 +40,14 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """Hold what is to be seen in one second."""
+    """Hold what is to be seen in one second; the policy's pools, where that is known."""
 
     now: int
     fleet: Fleet
     sample: Sample
     denied: Sequence[Denied]
+    pools: Known
+    tiers: Sequence[str]
 
 
 @click.command("watch")
@@ -52,8 +57,9 @@ class Glance:
 def command(_ctx: click.Context, place: Place, /, *, seconds: int | None, as_json: bool) -> None:
     """Show the requests per second by feature, tier and outcome, until it is interrupted.
 
-    Below them the latest denials, of which each worker picks out a few: accounts are hashed, the
-    same account to the same word on every worker.
+    Below them each pool of the policy: its level, what each tier can take of it now, and its slots.
+    Then the latest denials, of which each worker picks out a few: accounts are hashed, the same
+    account to the same word on every worker.
     """
     try:
         run(_watch(place, seconds, as_json))
@@ -64,6 +70,7 @@ def command(_ctx: click.Context, place: Place, /, *, seconds: int | None, as_jso
 async def _watch(place: Place, seconds: int | None, as_json: bool) -> None:
     left = seconds
     async with session(place) as opened:
+        watched = _Watched(opened)
         before = await _listen(opened)
         told = set(_denied(before[0].workers))
         while left is None or left > 0:
@@ -71,19 +78,56 @@ async def _watch(place: Place, seconds: int | None, as_json: bool) -> None:
             await place.pace.pause(1.0)
             try:
                 after = await _listen(opened)
+                pools = await watched.levels(after[1].head)
             except BackendError as exc:
                 # Redis may come back, and this is watched to see it.
                 click.echo(printable(f"no answer: {exc}"), err=True)
                 continue
             beats, fleet = after
             denied = _denied(beats.workers)
-            glance = Glance(beats.now, fleet, between(before[0], beats), denied)
+            sample = between(before[0], beats)
+            glance = Glance(beats.now, fleet, sample, denied, pools, watched.tiers)
             if as_json:
                 fresh = [one for one in denied if one not in told]
                 click.echo(json.dumps(_document(replace(glance, denied=fresh)), ensure_ascii=False))
             else:
                 _show(glance, clear=place.pace.attended())
             before, told = after, set(denied)
+
+
+class _Watched:
+    """Read the pools of the policy in force; where none is known, say so once.
+
+    Attributes:
+        tiers: The policy's tiers.
+    """
+
+    def __init__(self, opened: Session) -> None:
+        self.tiers: list[str] = []
+        self._opened = opened
+        self._pools: list[Pool] = []
+        self._read: tuple[int, str] | None = None
+        self._told = ""
+
+    async def levels(self, head: Revision) -> Known:
+        """Return how all pools stand under a revision.
+
+        Raises:
+            BackendError: Redis does not answer.
+        """
+        if self._read != (head.number, head.digest):
+            self._read = head.number, head.digest
+            try:
+                policy = policy_of(head, self._opened.place)
+            except (Failure, PolicyError) as exc:
+                self._pools = []
+                if str(exc) != self._told:
+                    click.echo(printable(f"pools are not shown: {exc}"), err=True)
+                self._told = str(exc)
+            else:
+                self._pools = list(pools_of(policy).values())
+                self.tiers = [tier.name for tier in policy.tiers]
+        return await levels(self._opened, self._pools) if self._pools else {}
 
 
 async def _listen(opened: Session) -> tuple[Beats, Fleet]:
@@ -106,9 +150,22 @@ def _show(glance: Glance, *, clear: bool) -> None:
             click.echo(line)
     else:
         click.echo("no requests" if glance.fleet.workers else "no worker")
+    for name, level in glance.pools.items():
+        click.echo(printable(f"pool {name}: {_pool(level, glance.tiers)}"))
     for one in list(glance.denied)[:_SHOWN]:
         told = f"{brief(one.at)} {one.account} {one.feature} in tier {one.tier}: {one.reason}"
         click.echo(printable(f"  denied {told}"))
+
+
+def _pool(level: Level | BackendError, tiers: Sequence[str]) -> str:
+    """Return how a pool stands; tiers that can take the same stand together."""
+    if isinstance(level, BackendError):
+        return state(level)
+    alike: dict[Share, list[str]] = {}
+    for tier in tiers:
+        alike.setdefault(level.free(tier), []).append(tier)
+    shares = "; ".join(f"{', '.join(names)} {share}" for share, names in alike.items())
+    return f"{state(level)} · can take now: {shares}"
 
 
 def _outcomes(sample: Sample) -> list[str]:
@@ -149,6 +206,9 @@ def _document(glance: Glance) -> dict[str, Any]:
         "revision": fleet.head.number,
         "workers": {"live": len(fleet.workers), "following": len(fleet.followers())},
         "per_second": cells,
+        "pools": {
+            name: level_document(level, glance.tiers) for name, level in glance.pools.items()
+        },
         "denied": [
             {
                 "at": spell_instant(one.at),

@@ -119,7 +119,8 @@ def _describe(operation: dict[str, Any]) -> None:
 
 
 _DENIALS: dict[Reason, str] = {
-    "quota": "The quota is used up; try again after Retry-After.",
+    "quota": "The quota is used up, all slots are taken, or all accounts together ask for too "
+    "much; try again after Retry-After.",
     "zero": "The feature is not open to this account.",
     "outage": "The feature cannot be served at the moment; try again after Retry-After.",
 }

@@ -4,6 +4,7 @@ refund -- give tokens back to the buckets of one account, never beyond full.
 KEYS[i]    the key of one subject's buckets; one hash tag
 ARGV[i]    what is given back to KEYS[i], 12 bytes per bucket: name tag (4 bytes), microseconds
              (little-endian double)
+ARGV[n+1]  now in microseconds, or "" for the server's TIME; n is the number of KEYS
 
 Returns {before_1, after_1, before_2, ...}, in the order of ARGV
   before_j   microseconds until bucket j is full, as it stood
@@ -11,15 +12,21 @@ Returns {before_1, after_1, before_2, ...}, in the order of ARGV
 
 A key holds what take.lua says. A bucket that is full is not there.
 
-Clock:  Redis TIME.
+Clock:  Redis TIME. Callers' clocks are never sent outside tests.
 Writes: after everything is read and checked, one SET with an expiry, or one DEL, per key that
         changes. Where a key holds what is no bucket, nothing.
 ]]
 
 local call, unpack, pack, ceil = redis.call, struct.unpack, struct.pack, math.ceil
 
-local time = call('TIME')
-local now = time[1] * 1000000 + time[2]
+local explicit_now = ARGV[#KEYS + 1]
+local now
+if explicit_now == '' then
+  local time = call('TIME')
+  now = time[1] * 1000000 + time[2]
+else
+  now = tonumber(explicit_now)
+end
 
 local held = {}   -- by key: the instants by tag, in the order in which they stand
 for i, key in ipairs(KEYS) do
@@ -60,6 +67,9 @@ for i, key in ipairs(KEYS) do
     end
     if #records == 0 then
       call('DEL', key)
+    elseif explicit_now ~= '' then
+      local ttl_ms = math.max(ceil((latest - now) / 1000), 3600000)
+      call('SET', key, table.concat(records), 'PX', string.format('%.0f', ttl_ms))
     else
       local expiry = string.format('%.0f', ceil(latest / 1000))
       call('SET', key, table.concat(records), 'PXAT', expiry)
