@@ -9,9 +9,11 @@ import threading
 
 import pytest
 
-from tests.contract import HOUR, MINUTE, SECOND, Clock, charge, debts, drain, quota, shelf
+from tests.contract import DAY, HOUR, MINUTE, SECOND, Clock, charge, debts, drain, quota, shelf
+from tests.holds_contract import LEASE, HoldsContract, claim, corrections, hold, pool, slot
 from tieredlimit import BackendError, UsageError
 from tieredlimit.backends import MemoryBackend
+from tieredlimit.backends.memory_holds import MemoryHolds
 
 # Full keys leave in batches of about a second.
 BATCH = 2 * SECOND
@@ -301,3 +303,104 @@ stop.set()
     )
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestHolds(HoldsContract):
+    @pytest.fixture
+    def backend(self, clock: Clock) -> MemoryBackend:
+        return MemoryBackend(clock=clock)
+
+
+class TestBoundsOfHolds:
+    async def test_slot_beyond_the_maximum_is_an_error_and_charges_nothing(
+        self, clock: Clock
+    ) -> None:
+        memory = small(clock, keys=3)
+        one, many = charge(shelf(quota("9/hour"))), slot(100)
+        given = [claim(many, kept=HOUR) for _ in range(3)]
+        for mine in given[:2]:
+            memory.claim_now([], mine)
+
+        with pytest.raises(BackendError, match="memory holds 2 slots, max_keys allows no more"):
+            memory.claim_now([one], claim(many, slot(1, name="b"), kept=HOUR))
+        last = memory.claim_now([one], given[2])
+        with pytest.raises(BackendError, match="memory holds 3 slots, max_keys allows no more"):
+            memory.claim_now([one], claim(many))
+
+        assert last.allowed
+        assert await debts(memory, one) == [HOUR // 9]
+        assert (len(memory.slots), len(memory.records)) == (3, 3)
+
+    async def test_reservation_beyond_the_maximum_is_an_error_and_takes_nothing(
+        self, clock: Clock
+    ) -> None:
+        memory = small(clock, keys=2)
+        one, many = charge(shelf(quota("9/hour"))), slot(100)
+        for _ in range(2):
+            memory.claim_now([], claim(kept=HOUR))
+
+        with pytest.raises(BackendError, match="holds 2 reservations, max_keys allows no more"):
+            memory.claim_now([one], claim(many, kept=HOUR))
+
+        assert await debts(memory, one) == [0]
+        assert len(memory.slots) == 0
+
+    async def test_room_for_buckets_being_full_takes_no_slot_and_reserves_nothing(
+        self, clock: Clock
+    ) -> None:
+        memory = small(clock, keys=1)
+        image = shelf(quota("9/hour"))
+        await memory.take([charge(image)])
+
+        with pytest.raises(BackendError, match="memory holds 1 buckets in use"):
+            memory.claim_now([charge(image, 1, "u2")], claim(slot(), kept=HOUR))
+
+        assert (len(memory.slots), len(memory.records)) == (0, 0)
+
+    async def test_room_comes_back_once_slots_and_reservations_are_over(self, clock: Clock) -> None:
+        memory = small(clock, keys=50)
+        many = slot(100)
+        for _ in range(50):
+            memory.claim_now([], claim(many, kept=LEASE))
+        clock.advance(LEASE)
+
+        allowed = [memory.claim_now([], claim(many, kept=LEASE)).allowed for _ in range(50)]
+
+        assert all(allowed)
+        assert (len(memory.slots), len(memory.records)) == (50, 50)
+
+    async def test_what_was_released_and_settled_leaves_nothing_behind(self, clock: Clock) -> None:
+        memory = MemoryBackend(clock=clock)
+        holds = MemoryHolds(memory)
+        both = [charge(shelf(quota("60/day", capacity=20)), 2), pool("60/day", cost=2)]
+        less, all_ = corrections(both, -1), corrections(both, -2)
+
+        for i in range(30_000):
+            mine = claim(slot(2, DAY), kept=DAY)
+            assert memory.claim_now(both, mine).allowed
+            await holds.renew(hold(mine))
+            await holds.settle(mine.record, less)
+            await holds.refund(all_ if i % 3 else less)
+            await holds.release(hold(mine))
+            clock.advance(1_000)
+
+        slots, records, room = memory.slots, memory.records, memory._accounts
+        assert (len(slots), len(records)) == (0, 0)
+        assert len(slots._due) < 2_000
+        assert len(records._due) < 2_000
+        assert len(memory) <= 2
+        assert sum(map(len, room._slots.values())) < 2_000
+        assert len(room._heap) == len(room._slots)
+
+    async def test_key_that_was_given_back_to_leaves_at_its_earlier_instant(
+        self, clock: Clock
+    ) -> None:
+        memory = MemoryBackend(clock=clock)
+        one = charge(shelf(quota("60/hour")), 30)
+        await memory.take([one])
+        await MemoryHolds(memory).refund(corrections([one], -29))
+
+        clock.advance(MINUTE + BATCH)
+        await memory.take([charge(shelf(quota("60/hour")), 1, "another")])
+
+        assert len(memory) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from hashlib import blake2b
 
 from tieredlimit._core.fields import policy_item
@@ -58,6 +59,25 @@ class Quota:
         item = policy_item(self.name, self.capacity, self.window_us)
         object.__setattr__(self, "policy_item", item)
         object.__setattr__(self, "limit_start", f'"{self.name}";r=')
+
+
+def share_of(quota: Quota, share: Fraction) -> Quota:
+    """Return a share of a quota: so much of its tokens, at the same part of its rate.
+
+    At least one token, and so one that its takes need not leave. No slots: nobody could tell how
+    many are held elsewhere.
+    """
+    capacity = max(1, int(quota.capacity * share))
+    interval_us = -(-quota.interval_us * share.denominator // share.numerator)
+    leave = min(-(-quota.leave * share.numerator // share.denominator), capacity - 1)
+    return replace(
+        quota,
+        capacity=capacity,
+        interval_us=interval_us,
+        leave=leave,
+        concurrency=None,
+        lease_us=None,
+    )
 
 
 def interval_of(rate: Rate) -> tuple[int, str | None]:

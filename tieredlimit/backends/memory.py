@@ -191,6 +191,26 @@ class MemoryBackend:
         for slot in claim.slots:
             self.slots.take(slot, claim.id, now)
 
+    def note(self, charges: Sequence[Charge]) -> None:
+        """Charge what was decided elsewhere: down to empty, never below.
+
+        Where there is no room for a subject not yet known, it stays unknown.
+        """
+        with self.lock:
+            now = self.now()
+            for key, shelf, cost in charges:
+                room = self._room(key, shelf)
+                room.sweep(now)
+                if key not in room.held and not room.has_space(now):
+                    continue
+                changes = [
+                    (tag, cost * interval_us, quota.window_us)
+                    for tag, (interval_us, _, _), quota in zip(
+                        shelf.tags, shelf.steps, shelf.quotas, strict=True
+                    )
+                ]
+                room.correct(key, changes, now)
+
     def room_of(self, key: str) -> Room:
         """Return where a key is held, or where one goes that nobody knows; the lock is held."""
         return self._strangers if key in self._strangers.held else self._accounts

@@ -15,7 +15,7 @@ from typing import Any
 from redis.exceptions import NoScriptError
 
 from tieredlimit._core.quota import Quota
-from tieredlimit.backends.calls import Script
+from tieredlimit.backends.call import Script
 from tieredlimit.backends.holds import Correction, Hold, Settled, by_key
 from tieredlimit.backends.nodes import Nodes, Route, Sessions
 from tieredlimit.backends.perloop import PerLoop
@@ -61,11 +61,15 @@ class RedisHolds:
         return bool(renewed)
 
     async def release(self, hold: Hold) -> bool:
-        """Free the slots; False if none was held."""
+        """Free the slots; False if none was held any more."""
         keys, leases = zip(*hold.slots, strict=True)
+        now = self._now()
         freed = await self._run(
-            _RELEASE, keys, *[hold.id + pack("<d", lease_us) for lease_us in leases]
+            _RELEASE, keys, *[hold.id + pack("<d", lease_us) + now for lease_us in leases]
         )
+        if min(freed) < 0:
+            broken = keys[freed.index(-1)]
+            raise BackendError(f"Redis holds what are no slots under {broken}")
         return any(freed)
 
     async def settle(self, record: str, corrections: Sequence[Correction]) -> Settled:

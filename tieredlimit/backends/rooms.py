@@ -154,6 +154,12 @@ class Room:
                     f"memory holds {len(self.held)} buckets in use, {self._name} allows no more"
                 )
 
+    def has_space(self, now: int) -> bool:
+        """Say whether one more key fits."""
+        if len(self.held) >= self._maximum:
+            self.sweep(now, _SWEEP_WHEN_FULL)
+        return len(self.held) < self._maximum
+
     def sweep(self, now: int, most: int = _SWEEP) -> None:
         """Forget keys that are full, looking at `most` keys."""
         while self.due <= now and most:

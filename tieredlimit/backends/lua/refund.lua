@@ -32,7 +32,7 @@ local held = {}   -- by key: the instants by tag, in the order in which they sta
 for i, key in ipairs(KEYS) do
   local records = call('GET', key) or ''
   if #records % 12 ~= 0 then
-    return redis.error_reply('ERR no bucket stands in ' .. key)
+    return redis.error_reply('ERR no bucket stands in a key of ' .. string.match(key, '^(.*):'))
   end
   held[i] = {}
   for at = 1, #records, 12 do

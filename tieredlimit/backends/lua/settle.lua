@@ -40,7 +40,8 @@ local held = {}   -- by key: the instants by tag, in the order in which they sta
 for k = 2, #KEYS do
   local records = call('GET', KEYS[k]) or ''
   if #records % 12 ~= 0 then
-    return redis.error_reply('TIEREDLIMIT no bucket stands in ' .. KEYS[k])
+    local cell = string.match(KEYS[k], '^(.*):')
+    return redis.error_reply('TIEREDLIMIT no bucket stands in a key of ' .. cell)
   end
   held[k] = {}
   for at = 1, #records, 12 do
