@@ -36,7 +36,7 @@ from benchmarks.measure import (
 from benchmarks.policies import DAY, MINUTE, SCRIPT, account, charges_of, commands_for
 from tests.servers import NoServerError, RedisServer
 from tieredlimit import Account
-from tieredlimit.backends.calls import MAX_DECISIONS, MAX_KEYS
+from tieredlimit.backends.call import MAX_DECISIONS, MAX_KEYS
 
 _SUBJECTS = ("org", "team", "project", "app", "site", "desk")
 _MANY = MAX_KEYS // MAX_DECISIONS

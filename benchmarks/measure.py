@@ -27,6 +27,8 @@ _OPTIONS = {
     "accounts": "the most accounts",
     "connections": "how many connections ask at once",
     "calls": "how many calls of each kind are made in each round",
+    "ids": "how many ids are invented",
+    "in-redis": "how many of them for Redis",
 }
 
 Subject = TypeVar("Subject")

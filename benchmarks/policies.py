@@ -11,7 +11,8 @@ from typing import Any
 from tests.servers import RedisServer
 from tieredlimit import Account, Limiter
 from tieredlimit.backends import Charge, MemoryBackend, Reply
-from tieredlimit.backends.calls import Calls, Script
+from tieredlimit.backends.call import Script
+from tieredlimit.backends.calls import Calls
 
 SEED = 20_240_229
 FEATURES = {1: "image", 2: "video"}

@@ -24,6 +24,7 @@ from benchmarks.targets import ORDER, latest, targets_of
 QUICK = {
     "accounts": ["--accounts", "100000", "--rounds", "2", "--seconds", "0.1"],
     "call_length": ["--calls", "20", "--rounds", "2"],
+    "capacity": ["--rounds", "2", "--seconds", "0.1"],
     "cluster": ["--rounds", "2", "--seconds", "0.1"],
     "decision": ["--rounds", "2", "--seconds", "0.1"],
     "denied": ["--rounds", "2", "--seconds", "0.1"],
@@ -31,6 +32,7 @@ QUICK = {
     "memory": ["--accounts", "10000"],
     "middleware": ["--rounds", "2", "--seconds", "0.1"],
     "policy_size": ["--rounds", "2", "--seconds", "0.1"],
+    "strangers": ["--ids", "200000", "--in-redis", "20000"],
 }
 """Enough to see that all of it runs; too little to quote."""
 

@@ -25,6 +25,7 @@ ORDER = (
     "call_length",
     "cluster",
     "capacity",
+    "strangers",
 )
 """The benchmarks, in the order in which they are run and shown."""
 

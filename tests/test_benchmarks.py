@@ -45,6 +45,23 @@ def run_benchmark(name: str, *options: str) -> str:
 
 
 @pytest.mark.redis
+def test_capacity_benchmark_measures_what_each_part_adds(tmp_path: Path) -> None:
+    path = tmp_path / "capacity.json"
+
+    run_benchmark("capacity", "--seconds", "0.02", "--rounds", "1", "--json", str(path))
+
+    result = json.loads(path.read_text("utf-8"))
+    rows = {(row["store"], row["callers"], row["asks"]): row for row in result["rows"]}
+    asks = {asks for _, _, asks in rows}
+    assert {"two quotas", "+ pool", "+ lease", "+ reservation", "+ pool, lease", "+ all"} <= asks
+    assert all(rows["redis", callers, "two quotas"]["vs_base"] == 1 for callers in (1, 64))
+    # However much a decision asks for, alone it is one call.
+    alone = rows["redis", 1, "+ all"]
+    assert alone["calls"] > 0
+    assert [target["bound"] for target in result["targets"]] == [0.5]
+
+
+@pytest.mark.redis
 def test_decision_benchmark_measures_every_target_at_every_concurrency(tmp_path: Path) -> None:
     path = tmp_path / "new" / "decision.json"
 
@@ -83,6 +100,7 @@ TINY = {
     "memory": ["--accounts", "300"],
     "middleware": ["--seconds", "0.01", "--rounds", "1"],
     "policy_size": ["--seconds", "0.01", "--rounds", "1"],
+    "strangers": ["--ids", "3000", "--in-redis", "300"],
 }
 
 
