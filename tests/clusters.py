@@ -62,7 +62,7 @@ class RedisCluster:
 
     @property
     def url(self) -> str:
-        return "redis+cluster://{}:{}".format(*self.startup)
+        return "redis+cluster://{}{}:{}".format(RedisServer.login, *self.startup)
 
     @property
     def living(self) -> list[RedisServer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests.clusters import RedisCluster, RedisSentinels
-from tests.servers import NoServerError, RedisServer, find_server, server_version
+from tests.servers import ACL_CHOICE, NoServerError, RedisServer, find_server, server_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ SERVER_FIXTURES = {
     *("redis_server", "redis_url", "own_server"),
     *("redis_cluster", "cluster_url", "own_cluster", "sentinels"),
 }
+
+# Where TIEREDLIMIT_TEST_ACL is set these log in with an operator's rules beside a worker's.
+OPERATING = (
+    *("tests.test_cli_", "tests.test_control", "tests.test_live", "tests.test_overrides"),
+    "tests.test_hashed_ids",
+)
 
 settings.register_profile("default", deadline=None, derandomize=False, print_blob=True)
 # Repeatable: a red run in CI has its cause in the change. New examples are for the runs at home.
@@ -101,6 +108,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 raise pytest.UsageError(f"{item.nodeid}: no fault {unknown} in {FAULTS.name}")
             seen.update(marker.args)
     config.stash[covered] = seen
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if os.environ.get(ACL_CHOICE) and isinstance(item, pytest.Function):
+        name = item.module.__name__
+        user = "operator" if name.startswith(OPERATING) else "worker"
+        # A test that makes users of its own says itself who logs in.
+        own = "ACL" in inspect.getsource(item.function) or name == "tests.test_acl"
+        RedisServer.login = "" if own else f"{user}:{user}@"
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

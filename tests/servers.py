@@ -15,17 +15,20 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tieredlimit.acl import ROLES, rules
+
 if TYPE_CHECKING:
     from types import TracebackType
 
 CHOICE = "TIEREDLIMIT_TEST_SERVER"
+ACL_CHOICE = "TIEREDLIMIT_TEST_ACL"
 START_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
 
@@ -76,7 +79,13 @@ class RedisServer:
 
     Nothing is kept on disk: a restart comes back empty, on the same port. `options` are passed on
     as they are, such as `"--maxmemory", "5mb"`.
+
+    Attributes:
+        login: What URLs log in as, `user:password@`; empty for the default user. Every server has
+            the users `worker` and `operator` where `TIEREDLIMIT_TEST_ACL` is set.
     """
+
+    login: ClassVar[str] = ""
 
     def __init__(self, *options: str, unix_socket: bool = False) -> None:
         self._options = options
@@ -87,14 +96,14 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Database 0 over TCP."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{self.login}127.0.0.1:{self.port}/0"
 
     @property
     def unix_url(self) -> str:
         """Database 0 over the unix socket, which must have been asked for."""
         if not self._unix_socket:
             raise ValueError("This server has no unix socket: RedisServer(unix_socket=True)")
-        return f"unix://{self._folder}/redis.sock?db=0"
+        return f"unix://{self.login}{self._folder}/redis.sock?db=0"
 
     @property
     def pid(self) -> int:
@@ -189,6 +198,12 @@ class RedisServer:
         except StartError as exc:
             self.kill()
             raise StartError(f"{exc}. {self._binary} logged:\n{self.log[already:]}") from None
+        if os.environ.get(ACL_CHOICE):
+            for user, roles in (("worker", ("worker",)), ("operator", ROLES)):
+                # In every namespace that a test may choose, on one server or in a cluster.
+                of_roles = [rules(role, "*", cluster=c) for role in roles for c in (False, True)]
+                given = {rule for one in of_roles for rule in one if rule[0] in "~&+"}
+                self.command("ACL", "SETUSER", user, "on", f">{user}", "resetchannels", *given)
 
     def _wait_until_ready(self) -> None:
         process = self._running()
