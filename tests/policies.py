@@ -18,7 +18,11 @@ SMALLEST: dict[str, Any] = {
 EVERY_WORD: dict[str, Any] = {
     "order": ["new", "tagged", "strangers", "old", "pro", "plus", "everyone"],
     "features": {
-        "image": {"routes": ["POST|PUT /v1/images", "* /v1/images/{id}", "GET /f/{rest:path}"]},
+        "image": {
+            "routes": ["POST|PUT /v1/images", "* /v1/images/{id}", "GET /f/{rest:path}"],
+            "outage": "local",
+            "outage_share": "12.5 %",
+        },
         "video": {
             "routes": {"POST /v1/videos": 1, "POST /v1/videos/hd": 8},
             "outage": "deny",

@@ -65,8 +65,8 @@ def test_tags_are_any_collection_of_strings(tags: Any) -> None:
     ("arguments", "told"),
     [
         ({"id": ""}, "account id must not be empty"),
-        ({"id": None}, "account id must be a string, got NoneType None"),
-        ({"id": b"u1"}, "account id must be a string, got bytes b'u1'"),
+        ({"id": None}, "account id must be a string, got NoneType$"),
+        ({"id": b"u1"}, "account id must be a string, got bytes$"),
         ({"plan": 5}, "plan must be a string or None, got int 5"),
         ({"plan": ["pro"]}, "plan must be a string or None, got list"),
         ({"created_at": "2026-11-20T18:00:00Z"}, "created_at must be a datetime or None, got str"),
@@ -78,10 +78,10 @@ def test_tags_are_any_collection_of_strings(tags: Any) -> None:
         ({"tags": None}, "tags must be a collection of strings, got NoneType None"),
         ({"tags": 5}, "tags must be a collection of strings, got int 5"),
         ({"tags": [["beta"]]}, "tags must be strings, got list"),
-        ({"within": {"org": 7}}, r"within\['org'\] must be a string, got int 7"),
+        ({"within": {"org": 7}}, r"within\['org'\] must be a string, got int$"),
         ({"within": {"org": ""}}, r"within\['org'\] must not be empty"),
-        ({"within": None}, "within must be a mapping, got NoneType None"),
-        ({"within": ["org"]}, "within must be a mapping, got list"),
+        ({"within": None}, "within must be a mapping, got NoneType$"),
+        ({"within": ["org"]}, "within must be a mapping, got list$"),
     ],
 )
 def test_wrong_argument_is_refused_by_name(arguments: dict[str, Any], told: str) -> None:

@@ -20,20 +20,20 @@ from tests.proxy import Proxy
 from tests.reference import Reference
 from tests.servers import Monitor, RedisServer
 from tieredlimit import BackendError
+from tieredlimit._core.keys import nameless
 from tieredlimit._core.shelf import Shelf
 from tieredlimit._core.stamp import Stamp
 from tieredlimit.backends import Charge, RedisBackend, Reply
 from tieredlimit.backends import redis as redis_module
-from tieredlimit.backends.calls import (
+from tieredlimit.backends.call import (
     MAX_DECISIONS,
     MAX_KEYS,
-    MAX_KEYS_OF_ONE,
     Call,
-    Calls,
     Script,
     Waiting,
     gather,
 )
+from tieredlimit.backends.calls import MAX_KEYS_OF_ONE, Calls
 from tieredlimit.backends.replies import Answer, Refusal
 
 PATIENT = 10.0
@@ -438,7 +438,8 @@ class TestFailures:
 
         assert max(map(len, sent.calls)) == 6
         for i, broken in ((3, lists), (4, text), (6, text), (7, lists)):
-            assert str(replies[i]) == f"Redis holds what is no bucket under {broken.key}"
+            cell = nameless(broken.key)
+            assert str(replies[i]) == f"Redis holds what is no bucket under a key of {cell}"
         assert [replies[i] for i in (0, 1, 2, 5)] == [
             (True, START, [(i + 1) * HOUR // 5]) for i in range(4)
         ]

@@ -9,11 +9,13 @@ import pytest
 
 from tests.servers import RedisServer
 from tests.test_cli_control import SECOND, TEAM, Workers, as_json, run
+from tieredlimit import Policy
 from tieredlimit.backends.control import shard_key
 from tieredlimit.cli.checks import (
     Finding,
     clock_finding,
     latency_finding,
+    outage_finding,
     permission_findings,
     read_config,
     read_info,
@@ -107,6 +109,24 @@ def test_what_is_read_is_plain() -> None:
         "appendonly": "yes",
     }
     assert Finding("ok", "a", "b\x1b").line == "a: b\\x1b"
+
+
+def test_outage_answers_are_told_plainly() -> None:
+    policy = Policy.from_dict(
+        {
+            "features": {
+                "image": {},
+                "video": {"outage": "deny"},
+                "audio": {"outage": "local", "outage_share": "2.5%"},
+            },
+            "tiers": {"all": {"quotas": dict.fromkeys(("image", "video", "audio"), "5/day")}},
+        }
+    )
+
+    assert outage_finding(policy).line == (
+        "outage: while Redis is down image is allowed, without any limit, video is denied, "
+        "audio gets a share from each process (2.5%); zero and closed stay so"
+    )
 
 
 # --- The command

@@ -24,12 +24,14 @@ from tests.contract import (
     quota,
     shelf,
 )
+from tests.holds_contract import Ask, RedisHoldsContract
 from tests.servers import Monitor, RedisServer
 from tieredlimit import Account, BackendError, Limiter, UsageError
+from tieredlimit._core.keys import Layout
 from tieredlimit.backends import Charge, ClusterBackend, Reply
 from tieredlimit.backends import fleet as fleet_module
 from tieredlimit.backends import nodecalls as nodecalls_module
-from tieredlimit.backends.calls import Call
+from tieredlimit.backends.call import Call
 from tieredlimit.backends.replies import Refusal
 
 PATIENT = 10.0
@@ -133,6 +135,32 @@ class TestContract(BackendContract):
         backend = ClusterBackend(cluster_url, clock=clock, timeout=PATIENT)
         yield backend
         await backend.close()
+
+
+class TestHolds(RedisHoldsContract):
+    @pytest.fixture
+    async def backend(self, cluster_url: str, clock: Clock) -> AsyncIterator[ClusterBackend]:
+        backend = ClusterBackend(cluster_url, clock=clock, timeout=PATIENT)
+        yield backend
+        await backend.close()
+
+    @pytest.fixture
+    async def live(self, cluster_url: str) -> AsyncIterator[ClusterBackend]:
+        backend = ClusterBackend(cluster_url, timeout=PATIENT)
+        yield backend
+        await backend.close()
+
+    @pytest.fixture
+    def ask(self, redis_cluster: RedisCluster) -> Ask:
+        return lambda *words: redis_cluster.owner_of(words[1]).command(*words)
+
+    @pytest.fixture
+    def keys(self, redis_cluster: RedisCluster) -> Callable[[], list[str]]:
+        def found() -> list[str]:
+            replies: Any = [node.command("KEYS", "*") for node in redis_cluster.masters]
+            return sorted(key.decode() for reply in replies for key in reply)
+
+        return found
 
 
 class TestSpread:
@@ -628,7 +656,7 @@ class TestNodesThatErr:
             node.slots = lambda: b"*1\r\n*3\r\n:0\r\n:0\r\n*2\r\n$0\r\n\r\n:%d\r\n" % node.port
             node.says = lambda words: b"*4\r\n:10\r\n:1\r\n:5\r\n:6\r\n"
             backend = ClusterBackend(node.url, timeout=PATIENT)
-            backend.join("test", 1)
+            backend.join("test", Layout(1))
 
             with pytest.raises(BackendError, match="no node of the Redis Cluster serves slot"):
                 await backend.take(pair("u1", "o1"))

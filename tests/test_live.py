@@ -41,7 +41,7 @@ from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.who import Who
 from tieredlimit.backends import Backend, Charge, ClusterBackend, MemoryBackend, RedisBackend, Reply
 from tieredlimit.backends.backend import StaleError
-from tieredlimit.backends.calls import Waiting, gather
+from tieredlimit.backends.call import Waiting, gather
 from tieredlimit.backends.control import ControlStore
 from tieredlimit.backends.server import ServerClock
 from tieredlimit.follow import Follower

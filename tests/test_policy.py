@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from fractions import Fraction
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,37 @@ def test_many_equal_routes_are_one_fault_each() -> None:
     assert len(faults(with_cell(0, routes=["GET /y"] * 50))) == 49
 
 
+def test_share_of_an_outage_is_a_tenth_unless_said() -> None:
+    document = with_cell("5/day")
+    document["features"]["image"]["outage"] = "local"
+    unsaid = Policy.from_dict(document).features["image"]
+    document["features"]["image"]["outage_share"] = "2.5%"
+
+    said = Policy.from_dict(document).features["image"]
+
+    assert (unsaid.outage, unsaid.outage_share) == ("local", Fraction(1, 10))
+    assert said.outage_share == Fraction(1, 40)
+
+
+@pytest.mark.parametrize("share", ["0%", "101%", "10", 0.1, "-1%", "", None, ["10%"], "1e1%"])
+def test_wrong_share_of_an_outage_is_a_fault(share: object) -> None:
+    document = with_cell("5/day")
+    document["features"]["image"] |= {"outage": "local", "outage_share": share}
+
+    (told,) = faults(document).values()
+
+    assert told.startswith('must be a share above 0% such as "10%", got ')
+
+
+def test_share_without_local_is_a_fault() -> None:
+    document = with_cell("5/day")
+    document["features"]["image"] |= {"outage": "deny", "outage_share": "10%"}
+
+    assert faults(document) == {
+        "features.image.outage_share": 'only outage = "local" gives out a share'
+    }
+
+
 def test_feature_without_routes_is_for_code_that_asks_for_it() -> None:
     assert Policy.from_dict(with_cell(0, routes=[])).features["image"].routes == ()
 
@@ -340,13 +372,12 @@ def test_feature_without_routes_is_for_code_that_asks_for_it() -> None:
 @pytest.mark.parametrize(
     ("outage", "told"),
     [
-        ("local", '"local" is not supported yet'),
-        ("alow", 'must be one of allow, deny, got "alow"; did you mean "allow"?'),
-        (True, "must be one of allow, deny, got true"),
-        (["deny"], "must be one of allow, deny, got a list"),
+        ("alow", 'must be one of allow, deny, local, got "alow"; did you mean "allow"?'),
+        (True, "must be one of allow, deny, local, got true"),
+        (["deny"], "must be one of allow, deny, local, got a list"),
     ],
 )
-def test_outage_is_allow_or_deny(outage: object, told: str) -> None:
+def test_outage_is_allow_deny_or_local(outage: object, told: str) -> None:
     document = with_cell(0)
     document["features"]["image"]["outage"] = outage
 

@@ -177,6 +177,100 @@ def test_any_pool_is_a_policy_or_a_policy_error(said: Any, used: Any) -> None:
     read({**with_feature(pool=used), "pools": {"gpu": said, 7: said}})
 
 
+@given(st.dictionaries(st.sampled_from(features.WORDS) | keys, values))
+@example({"refund_on": [500, 500.0, True], "refund_on_exception": 1})
+@example({"outage": "local", "outage_share": "0.0001%", "refund_on": [400]})
+def test_any_feature_is_a_policy_or_a_policy_error(said: Any) -> None:
+    read({**with_feature(), "features": {"image": said, "video": said}})
+
+
+@given(st.dictionaries(st.sampled_from(cells.WORDS) | keys, values), values)
+@example({"rate": "1/day", "concurrency": 10**9, "lease": "1 day", "per": "org"}, "0")
+def test_any_quota_is_a_policy_or_a_policy_error(quota: Any, other: Any) -> None:
+    read(with_cell(quota))
+    read(with_cell([quota, other, quota]))
+    read({**with_cell("5/day"), "defaults": {"shadow": {"image": [quota]}}})
+
+
+RATES = ["100/day", "600/minute", "9/second", "1000/second", "1 per 365 days", "7 per 3 hours"]
+LEASES = ["1 second", "10 minutes", "7 days", "8 days", "0 seconds", "1 month"]
+PERCENTS = ["0%", "0.0001%", "33.3333 %", "99.9999%", "100%", "50%"]
+
+
+def nearly(right: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Give what is right, and now and then what is not."""
+    return st.sampled_from([True] * 15 + [False]).flatmap(lambda told: right if told else leaves)
+
+
+amounts = nearly(st.sampled_from([1, 2, 7, 100, 1_024]) | st.integers(1, 2_000))
+slots: st.SearchStrategy[Any] = st.just({}) | st.fixed_dictionaries(
+    {"concurrency": amounts, "lease": nearly(st.sampled_from(LEASES[:3]))}
+)
+
+
+def with_slots(table: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(lambda one, other: {**one, **other}, table, slots)
+
+
+pools = with_slots(
+    st.fixed_dictionaries(
+        {"rate": nearly(st.sampled_from(RATES))},
+        optional={
+            "capacity": amounts,
+            "slices": nearly(st.sampled_from([1, 1, 2, 4])),
+            "leave": nearly(
+                st.dictionaries(
+                    nearly(st.sampled_from(["new", "everyone"])).filter(lambda one: one.__hash__),
+                    nearly(st.sampled_from(PERCENTS) | st.integers(0, 9)),
+                )
+            ),
+        },
+    )
+)
+quotas = with_slots(
+    st.fixed_dictionaries(
+        {"rate": nearly(st.sampled_from(RATES))},
+        optional={"capacity": amounts, "per": st.sampled_from(["org", "team"])},
+    )
+)
+local = st.fixed_dictionaries(
+    {"outage": st.just("local")}, optional={"outage_share": nearly(st.sampled_from(PERCENTS))}
+)
+any_feature = st.builds(
+    lambda one, other: {**one, **other},
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "routes": nearly(
+                st.dictionaries(
+                    st.sampled_from(["POST /a", "GET /{x}", "* /b"]), nearly(st.integers(0, 9))
+                )
+            ),
+            "outage": nearly(st.sampled_from(["allow", "deny", "local"])),
+            "pool": nearly(pools | st.just("gpu")),
+            "refund_on": nearly(st.lists(nearly(st.integers(400, 599)), max_size=3)),
+            "refund_on_exception": nearly(st.booleans()),
+        },
+    ),
+    st.just({}) | local,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=200)
+@given(any_feature, any_feature, nearly(pools), quotas | st.lists(quotas, min_size=1, max_size=3))
+def test_anything_that_is_nearly_right_is_a_policy_or_a_policy_error(
+    image: Any, video: Any, gpu: Any, cell: Any
+) -> None:
+    if isinstance(video, dict) and isinstance(video.get("routes"), dict):
+        video = {**video, "routes": {f"{route}2": n for route, n in video["routes"].items()}}
+    document = with_whens(new={"plan": "free"})
+    document["features"] = {"image": image, "video": video}
+    document["pools"] = {"gpu": gpu}
+    document["defaults"] = {"quotas": {"image": cell, "video": cell}}
+
+    read(document)
+
+
 @given(st.dictionaries(st.sampled_from(condition.WORDS) | keys, values))
 def test_any_when_is_a_policy_or_a_policy_error(when: Any) -> None:
     read(with_whens(new=when))

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 import redis
@@ -33,14 +33,22 @@ from tests.contract import (
     shelf,
     take_at_once,
 )
+from tests.holds_contract import (
+    Ask,
+    RedisHoldsContract,
+    claim,
+    pool,
+    slot,
+)
 from tests.proxy import Proxy
 from tests.reference import Reference
 from tests.servers import Monitor, RedisServer
 from tieredlimit import Account, BackendError, Limiter, UsageError
+from tieredlimit._core.keys import nameless
 from tieredlimit.backends import Backend, Charge, RedisBackend, Reply
 from tieredlimit.backends import calls as calls_module
 from tieredlimit.backends import redis as redis_module
-from tieredlimit.backends.calls import Call
+from tieredlimit.backends.call import Call
 
 PATIENT = 10.0
 IMPATIENT = 0.05
@@ -57,6 +65,26 @@ POLICY = {
             "quotas": {
                 "image": ["50/hour", "70/day", {"rate": "3/hour", "per": "org", "name": "org"}],
                 "video": 0,
+            }
+        }
+    },
+}
+
+
+CAPACITY = {
+    "pools": {"gpu": {"rate": "600/minute", "concurrency": 9, "lease": "1 minute"}},
+    "features": {
+        "video": {"routes": ["POST /v1/videos"], "pool": "gpu"},
+        "image": {"routes": ["POST /v1/images"], "refund_on": [500]},
+    },
+    "tiers": {
+        "free": {
+            "quotas": {
+                "video": [
+                    {"rate": "50/hour", "concurrency": 2, "lease": "1 minute"},
+                    {"rate": "90/day"},
+                ],
+                "image": "50/day",
             }
         }
     },
@@ -160,6 +188,92 @@ class TestRoundTrips:
 
             assert (zero.allowed, never.allowed) == (False, False)
             assert await monitor.commands() == []
+
+
+class TestHolds(RedisHoldsContract):
+    @pytest.fixture
+    async def backend(self, redis_url: str, clock: Clock) -> AsyncIterator[RedisBackend]:
+        backend = RedisBackend.from_url(redis_url, clock=clock, timeout=PATIENT)
+        yield backend
+        await backend.close()
+
+    @pytest.fixture
+    def live(self, live: RedisBackend) -> RedisBackend:
+        return live
+
+    @pytest.fixture
+    def ask(self, redis_server: RedisServer) -> Ask:
+        return redis_server.command
+
+    @pytest.fixture
+    def keys(self, redis_server: RedisServer) -> Callable[[], list[str]]:
+        return lambda: keys_of(redis_server)
+
+
+class TestCapacityRoundTrips:
+    async def test_pool_lease_reservation_and_two_quotas_are_one_evalsha(
+        self, redis_url: str
+    ) -> None:
+        account = Account("u1")
+        async with Limiter(CAPACITY, redis_url) as limiter, Monitor(redis_url) as monitor:
+            first = limiter.reserve(account, "video", 2)
+            await first.take()
+            await monitor.commands()
+
+            reasons = []
+            for _ in range(2):
+                reservation = limiter.reserve(account, "video", 2)
+                reasons.append((await reservation.take()).reason)
+                sent = await monitor.commands()
+                assert [command.split()[0] for command in sent] == ["EVALSHA"]
+            assert sent[0].split()[2] == "6"  # revision, quotas, pool, two slots, reservation
+
+            assert reasons == ["allowed", "concurrency"]
+            assert len(reservation.decision.slots) == 2
+
+    @pytest.mark.fault("F2")
+    async def test_scripts_that_were_flushed_are_sent_again_by_each_that_needs_them(
+        self, redis_url: str, redis_server: RedisServer
+    ) -> None:
+        async with Limiter(CAPACITY, redis_url) as limiter, Monitor(redis_url) as monitor:
+            account = Account("u1")
+            reserved = await limiter.reserve(account, "video", 5).take()
+            assert reserved.lease is not None
+            lease, plain = reserved.lease, await limiter.take(account, "image", 5)
+
+            async def settle() -> bool:
+                return await limiter.settle(reserved.token, 3)
+
+            async def refund() -> bool:
+                return list((await limiter.refund(plain)).debts) == [0]
+
+            for verb in (lease.renew, settle, refund, lease.release):
+                redis_server.command("SCRIPT", "FLUSH")
+                await monitor.commands()
+
+                assert await verb()
+
+                sent = [command.split()[0] for command in await monitor.commands()]
+                assert [one for one in sent if one.startswith("EVAL")] == ["EVALSHA", "EVAL"]
+
+
+class TestCapacityWithoutAccess:
+    @pytest.mark.fault("F4", "F7")
+    @pytest.mark.parametrize("denied", ["-zcard", "-get", "-time"])
+    async def test_take_whose_parts_may_not_be_read_charges_nothing(
+        self, own_server: RedisServer, denied: str
+    ) -> None:
+        own_server.command("ACL", "SETUSER", "app", "on", ">word", "~*", "+@all", denied)
+        url = own_server.url.replace("redis://", "redis://app:word@")
+        backend = RedisBackend.from_url(url, timeout=PATIENT)
+
+        with pytest.raises(BackendError):
+            await backend.claim(
+                [charge(shelf(quota("5/hour"))), pool("9/hour")], claim(slot(), kept=HOUR)
+            )
+
+        assert keys_of(own_server) == []
+        await backend.close()
 
 
 class TestLostScript:
@@ -306,7 +420,7 @@ class TestWhatStandsUnderOurKeys:
         redis_server.command("RPUSH", bad.key, "x")
 
         with pytest.raises(
-            BackendError, match=rf"holds what is no bucket under {re.escape(bad.key)}$"
+            BackendError, match=rf"is no bucket under a key of {re.escape(nameless(bad.key))}$"
         ):
             await live.take([good, bad][::order])
 
@@ -321,7 +435,7 @@ class TestWhatStandsUnderOurKeys:
         redis_server.command("SET", bad.key, "abc")
 
         with pytest.raises(
-            BackendError, match=rf"holds what is no bucket under {re.escape(bad.key)}$"
+            BackendError, match=rf"is no bucket under a key of {re.escape(nameless(bad.key))}$"
         ):
             await live.take([good, bad])
 

@@ -54,6 +54,7 @@ def test_what_has_not_come_yet_is_waited_for() -> None:
         b"*2\r\n:1\r\n*1\r\n:1\r\n",
         b"*0\r\n",
         b"*-1\r\n",
+        b"*99999999999999999999\r\n:1\r\n",
         b"*x\r\n:1\r\n",
         b"*1\r\n:x\r\n",
         b"$-1\r\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from itertools import count
+from itertools import chain, count, product
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from tieredlimit._core.matcher import Matcher
 from tieredlimit._core.routes import Route, clashes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from starlette.requests import Request
     from starlette.types import Message, Scope
@@ -449,15 +449,20 @@ def covers(template: str, path: str) -> bool:
     single = re.sub("/+", "/", path)
     spellings = [path, single]
     spellings += [spelling.removesuffix("\n").rstrip("/") or "/" for spelling in (path, single)]
-    if path.endswith("\n"):
-        slashes = [at for at, letter in enumerate(path) if letter == "/" and at > 0]
-        spellings += [path[:at] + path for at in slashes[:20]]
-        spellings += [path[:at] + path.removesuffix("\n").rstrip("/") for at in slashes[:20]]
+    mounted = (text for one in dict.fromkeys(spellings) for text in begun_anew(one))
     return path.startswith("/") and any(
         re.match(f"(?:{form})$", spelling, re.DOTALL)
-        for spelling in spellings
+        for spelling in chain(spellings, mounted if path.endswith("\n") else ())
         for form in (expression, bare)
     )
+
+
+def begun_anew(path: str) -> Iterator[str]:
+    """Yield what up to three mounts may make of a path, each giving its child the whole of it."""
+    cuts = [at for at, letter in enumerate(path) if letter == "/" and at > 0][:9]
+    for mounts in (1, 2, 3):
+        for some in product(cuts, repeat=mounts):
+            yield "".join(path[:at] for at in some) + path
 
 
 @pytest.mark.fault("E10")
@@ -639,7 +644,7 @@ def test_hostile_paths_cost_in_proportion_to_their_length(hostile: Callable[[int
         "GET /a/{x:path}-{i}z{y:path}-{j}/q{z:path}c",
         "GET /a/{i}-{j}-{k}-{m}.x",
         "GET /{x:path}b{y:path}b{z:path}b{w:path}e",
-        "GET /{i}/{j}/{k}/{m}",
+        "GET /{i}/{j}/{k}/{m}/q",
     )
     short = steps(lambda: table.match("GET", hostile(1000)))
     long = steps(lambda: table.match("GET", hostile(2000)))
@@ -683,3 +688,32 @@ async def test_path_outside_the_root_path_matches_what_a_mount_would_run() -> No
     assert ran == ["v1"]
     assert matcher.match("GET", "/v1/generate", outside_root=True) == "generate"
     assert matcher.match("GET", "/v1/generate") is None
+
+
+@pytest.mark.fault("E1", "E10")
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+@pytest.mark.parametrize(("root", "end"), [("", "\n"), ("/api", "")])
+async def test_mounts_within_mounts_are_no_way_round(levels: int, root: str, end: str) -> None:
+    ran: list[str] = []
+
+    async def endpoint(request: Request) -> Response:
+        ran.append(request.url.path)
+        return Response()
+
+    async def receive() -> Message:
+        return {}
+
+    async def send(message: Message) -> None: ...
+
+    routes: list[BaseRoute] = [StarletteRoute("/{id}/images", endpoint)]
+    for level in range(levels):
+        routes = [Mount("/v1" if level == levels - 1 else f"/{{m{level}}}", routes=routes)]
+    template = "/v1" + "".join(f"/{{m{level}}}" for level in range(levels - 1)) + "/{id}/images"
+    path = f"/v1/images{end}"
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+
+    await Router(routes)(scope, receive, send)
+
+    assert ran
+    assert matcher(f"GET {template}").match("GET", path, outside_root=bool(root))
+    assert matcher(f"GET {template}").match("GET", "/v1/images") is None

@@ -215,7 +215,10 @@ WRONG_WHENS: list[object] = [
         {**SMALLEST, "defaults": {"messages": {"image": {}}}},
         {**SMALLEST, "defaults": {"messages": {"image": {"en_GB": "No."}}}},
         *[with_feature(**said) for said in WRONG_REFUNDS],
-        with_feature(outage="local"),
+        *[
+            with_feature(outage="local", outage_share=share)
+            for share in ("0%", "0.0%", "00%", "101%", "100.1%", "10", 0.1, "-1%", "", None)
+        ],
         {key: value for key, value in EVERY_WORD.items() if key != "order"},
         *[
             with_cell(cell)

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tieredlimit.errors import BackendError
+from tieredlimit.errors import BackendError, TieredLimitError
 
 __all__ = ["Complaints"]
 
@@ -32,7 +32,11 @@ class Complaints:
         self._unsaid = 0
 
     def log(self, what: str, error: Exception) -> None:
-        """Log it with the error, and with where it was raised, if not by the store."""
+        """Log it with the error, and with where it was raised, if not by the store.
+
+        Only our own errors are quoted, which name no account: others may quote whatever a client
+        sent.
+        """
         now = self._clock()
         if now < self._quiet_until:
             self._unsaid += 1
@@ -43,9 +47,14 @@ class Complaints:
             logging.WARNING if from_store else logging.ERROR,
             "tieredlimit: %s: %s%s%s",
             what,
-            f"{type(error).__name__}: {error}"[:_LONGEST_COMPLAINT],
+            _told(error),
             f" ({self._unsaid} more since the last line)" if self._unsaid else "",
-            # Without the exception: its text may quote all that a client sent.
+            # Without the exception, for its text.
             "".join(["\n", *places[-_MOST_PLACES:]]) if places else "",
         )
         self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0
+
+
+def _told(error: Exception) -> str:
+    kind = type(error).__name__
+    return f"{kind}: {error}"[:_LONGEST_COMPLAINT] if isinstance(error, TieredLimitError) else kind

@@ -31,12 +31,11 @@ from tieredlimit.judging import (
     closed,
     demanding_denial,
     denial_of,
-    judged,
-    judged_demanding,
     pool_denial,
     settled,
 )
 from tieredlimit.leases import Leases
+from tieredlimit.local import Local
 from tieredlimit.observe import Observers
 from tieredlimit.shadow import Shadows
 
@@ -72,6 +71,7 @@ class Deciding:
     _comparing: ComparingBackend | None
     _denials: Denials
     _force: InForce
+    _local: Local
     _observed: bool
     _shadows: Shadows
     _take_now: Callable[[Sequence[Charge]], Reply] | None
@@ -139,7 +139,7 @@ class Deciding:
         keep_us: int,
     ) -> Asked:
         """Do what `_ask` does for what asks for a pool, for slots, or to be settled."""
-        shard, charges, slots = _demanded(table, entry, account, cost)
+        shard, charges, slots = demanded(table, entry, account, cost)
         if self._denials.held:
             denial = self._recalled(entry, cost, tuple([charge.key for charge in charges]))
             if denial is not None:
@@ -176,9 +176,12 @@ class Deciding:
         claim: Claim | None,
     ) -> Decision:
         """Do what `_conclude` does for what `_ask_more` has asked for."""
-        debts, held = reply.debts, _held(reply)
+        debts, held = reply.debts, held_of(reply)
         if not reply.allowed:
             return self._remembered(entry, cost, charges, reply, account)
+        demands = entry.demands
+        if demands is not None and demands.local is not None:
+            self._local.note(entry, account, cost)
         own = debts
         pool_debt = None
         if len(debts) > len(entry.quotas):
@@ -200,7 +203,7 @@ class Deciding:
         account: Account,
     ) -> Decision:
         """Return the denial that a reply means, and remember it where that is safe."""
-        now, debts, held = reply.now, reply.debts, _held(reply)
+        now, debts, held = reply.now, reply.debts, held_of(reply)
         denial = demanding_denial(entry, cost, debts, held)
         wait_us = round((denial.retry_after or 0) * SECOND_US)
         pool = entry.demands and entry.demands.pool
@@ -247,14 +250,17 @@ class Deciding:
         self._denials.remember(subject, cost, now, wait_us, debts, _local_us(), entry.quotas)
         return self._said(entry, denial, account)
 
-    async def _catch_up(self, stale: StaleError) -> bool:
-        """Get hold of what is in force; say whether that has worked."""
+    async def _catch_up(self, stale: StaleError, deadline: float) -> bool:
+        """Get hold of what is in force, by an instant of `time.monotonic`; say if that worked."""
         if stale.why == "time":
             return True  # the clock was learned from the reply
         try:
-            await self._force.catch_up(stale)
-        except BackendError as exc:
-            self.complaints.log("a newer revision is in force, and cannot be loaded", exc)
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._force.catch_up(stale)
+        except (BackendError, TimeoutError) as exc:
+            late = BackendError("it was not loaded in the decision's time")
+            error = exc if isinstance(exc, BackendError) else late
+            self.complaints.log("a newer revision is in force, and cannot be loaded", error)
             return False
         return True
 
@@ -322,62 +328,16 @@ class Deciding:
         if self._observed:
             self.observers.on_outage(name, error)
         retry_after = None
-        if answer != "allow":
+        allowed = answer == "allow"
+        if answer == "local" and account is not None:
+            allowed, retry_after = self._local.take(entry, account, cost)
+        if not allowed and retry_after is None:
             retry_after = random.uniform(*_OUTAGE_RETRY)  # noqa: S311 -- to spread, not to hide
-        decision = Decision(answer == "allow", "outage", entry.cell, cost, retry_after)
+        decision = Decision(allowed, "outage", entry.cell, cost, retry_after)
         return self._said(entry, decision, account)
 
-    async def _peek_all(
-        self, table: Table, account: Account, entries: Sequence[Entry], cost: int, now: int
-    ) -> list[Decision]:
-        known = [self._without_asking(table, one, cost, account, now, peek=True) for one in entries]
-        asked = [entry for entry, decision in zip(entries, known, strict=True) if not decision]
-        by_shard: dict[int, list[Entry]] = {}
-        for entry in asked:
-            by_shard.setdefault(table.place_of(account, entry)[0], []).append(entry)
-        decided: dict[int, Decision] = {}
-        # All at once: of one server they share a call, as a pool's features do anywhere.
-        groups = [self._peek_shard(table, account, some, cost) for some in by_shard.values()]
-        for found in await asyncio.gather(*groups):
-            decided.update(found)
-        return [
-            decision or decided[id(entry)] for entry, decision in zip(entries, known, strict=True)
-        ]
 
-    async def _peek_shard(
-        self, table: Table, account: Account, entries: Sequence[Entry], cost: int
-    ) -> dict[int, Decision]:
-        """Return what takes of cells on one shard would decide, by the cells' identities."""
-        charges: list[Charge] = []
-        slots: list[Slot] = []
-        parts: list[tuple[int, int]] = []
-        for entry in entries:
-            _, own, held_by = _demanded(table, entry, account, 0)
-            charges += own
-            slots += held_by
-            parts.append((sum(len(shelf.quotas) for _, shelf, _ in own), len(held_by)))
-        claim = Claim(b"", tuple(slots)) if slots else None
-        reply: Reply | Claimed = Reply(True, 0, [])
-        try:
-            if claim is not None:
-                reply = await self._claim(charges, claim)
-            elif charges:
-                reply = await self.backend.take(charges)
-        except BackendError as exc:
-            return {id(entry): self._outage(entry, cost, exc, None) for entry in entries}
-        debts, held = list(reply.debts), _held(reply)
-        decided = {}
-        for entry, (buckets, places) in zip(entries, parts, strict=True):
-            own_debts, debts = debts[:buckets], debts[buckets:]
-            own_held, held = held[:places], held[places:]
-            if entry.demands is None:
-                decided[id(entry)] = judged(entry, cost, own_debts)
-            else:
-                decided[id(entry)] = judged_demanding(entry, cost, own_debts, own_held)
-        return decided
-
-
-def _demanded(
+def demanded(
     table: Table, entry: Entry, account: Account, cost: int
 ) -> tuple[int, list[Charge], Sequence[Slot]]:
     """Return the shard, the charges and the slots of a take: its own, then its pool's."""
@@ -395,7 +355,7 @@ def _demanded(
     return shard, charges, slots
 
 
-def _held(reply: Reply | Claimed) -> list[int]:
+def held_of(reply: Reply | Claimed) -> list[int]:
     """Return how many slots others hold, of each that was claimed."""
     return reply.held if isinstance(reply, Claimed) else []
 

@@ -22,6 +22,8 @@ _LAST = frozenset({"http.response.pathsend", "websocket.close"})
 _REFUSED = 403
 _BODILESS = frozenset({204, 304})
 _GONE = frozenset({"http.disconnect", "websocket.disconnect"})
+# Referred to, or the garbage collector may take them.
+_refunding: set[asyncio.Task[None]] = set()
 # What a handler raises because of a client that has gone.
 _DISCONNECTS = (ClientDisconnect, WebSocketDisconnect)
 
@@ -96,13 +98,18 @@ class Ending:
         """Release the leases that were not detached, waiting no longer than for a decision."""
         releasing = self._release()
         if releasing:
-            await asyncio.wait(releasing, timeout=self._limiter.patience)
+            await asyncio.wait(releasing, timeout=self._patience)
 
     def end(self) -> None:
         """Release what is left: the application has returned."""
         self._over = True
         if self._held:
             self._release()
+
+    @property
+    def _patience(self) -> float:
+        # While Redis is not asked for decisions, no answer is held up for it either.
+        return 0.0 if self._limiter.breaker_open else self._limiter.patience
 
     def _release(self) -> list[asyncio.Task[bool]]:
         leases = [one.lease for one in self._held if one.lease and not one.lease.over]
@@ -115,18 +122,26 @@ class Ending:
         """
         if self._gone:
             return
+        refunding = []
         for decision in self._held:
             feature = self._limiter.feature(decision.feature)
             if feature is None or self._decisions.get(decision.feature) is not decision:
                 continue
             if feature.refund_on_exception if status is None else status in feature.refund_on:
-                try:
-                    refunded = await self._limiter.refund(decision)
-                except (BackendError, UsageError) as exc:
-                    self._limiter.complaints.log("a refund may not have happened", exc)
-                    # It may as well have happened: never a second time.
-                    refunded = decision._replace(demanded=None)
-                self._decisions[decision.feature] = refunded
+                # It may happen later, or have happened unheard: never a second time.
+                self._decisions[decision.feature] = decision._replace(demanded=None)
+                refunding.append(asyncio.create_task(self._give_back(decision)))
+        for task in refunding:
+            _refunding.add(task)
+            task.add_done_callback(_refunding.discard)
+        if refunding:
+            await asyncio.wait(refunding, timeout=self._patience)
+
+    async def _give_back(self, decision: Decision) -> None:
+        try:
+            self._decisions[decision.feature] = await self._limiter.refund(decision)
+        except (BackendError, UsageError) as exc:
+            self._limiter.complaints.log("a refund may not have happened", exc)
 
 
 def left_after(message: Message, left: int | None, method: str) -> int | None:

@@ -38,4 +38,5 @@ def from_environment() -> dict[str, Any]:
         "enabled": _SWITCH[switch.lower()],
         "close": os.environ.get("TIEREDLIMIT_CLOSE", ""),
         "close_file": os.environ.get("TIEREDLIMIT_CLOSE_FILE") or None,
+        "id_secret": os.environ.get("TIEREDLIMIT_ID_SECRET") or None,
     }

@@ -18,7 +18,7 @@ __all__ = ["Follower", "Leader"]
 BEAT_INTERVAL = 1.0
 """Seconds between two heartbeats."""
 LOAD_TIMEOUT = 0.5
-"""Seconds that a revision may take to be loaded, for those who wait for it."""
+"""Seconds from the begin of a load for which anybody waits for it."""
 # Seconds that others have to put back what a shard has heard of, before it is given up as lost.
 _LOST_AFTER = 2.0
 _GIVEN_UP_AFTER = 30.0
@@ -62,6 +62,7 @@ class Follower:
         self._leader = leader
         self._store = store
         self._loading: asyncio.Task[None] | None = None
+        self._began = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lost: int | None = None
         self._completing = False
@@ -92,6 +93,8 @@ class Follower:
     async def refresh(self, number: int = 0, *, other: bool = False) -> None:
         """Load the head; whoever comes while that is under way waits for the same.
 
+        Nobody waits for what has taken too long already: it goes on, and helps who comes later.
+
         `number` is what a shard is on: where no head comes that far, what it heard of is lost, and
         what is followed here is published anew above it, in a while. With `other` the shard has
         another revision of that number: where it is not the head's, the head's is put there.
@@ -99,12 +102,13 @@ class Follower:
         Raises:
             BackendError: It cannot be loaded.
         """
-        loading = self._loading
+        loading, loop = self._loading, asyncio.get_running_loop()
         if loading is None or loading.done():
-            loading = self._loading = asyncio.get_running_loop().create_task(self._load())
+            loading, self._began = loop.create_task(self._load()), loop.time()
+            self._loading = loading
             self._keep(loading)
         try:
-            async with asyncio.timeout(LOAD_TIMEOUT):
+            async with asyncio.timeout_at(self._began + LOAD_TIMEOUT):
                 await asyncio.shield(loading)
         except TimeoutError as exc:
             raise BackendError(f"the head was not loaded within {LOAD_TIMEOUT:g} s") from exc

@@ -113,9 +113,18 @@ def blocking(function: Callable[_P, _R]) -> Callable[_P, Awaitable[_R]]:
         UsageError: The function is async already.
     """
     try:
-        return sync_to_async(function, thread_sensitive=False)
+        sync_to_async(function)
     except TypeError as exc:
         raise UsageError(f"blocking takes a plain function, got {function!r:.80}") from exc
+
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except StopIteration as exc:
+            # No future takes it, and whoever awaits one would wait for ever.
+            raise RuntimeError("the function raised StopIteration") from exc
+
+    return sync_to_async(called, thread_sensitive=False)
 
 
 def api_key(

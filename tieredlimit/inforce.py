@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import RLock
 from weakref import WeakKeyDictionary
 
+from tieredlimit._core.keys import IdSecret
 from tieredlimit._core.override import Override
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.ranking import Unknowns
@@ -72,6 +73,7 @@ class InForce:
         *,
         close: str,
         close_file: str | Path | None,
+        secret: IdSecret | None = None,
         tallies: Tallies,
         samples: Samples,
         complaints: Complaints,
@@ -81,6 +83,7 @@ class InForce:
         self._backend = backend
         self._namespace = namespace
         self._shards = shards
+        self._secret = secret
         self._tallies = tallies
         self._samples = samples
         self._complaints = complaints
@@ -296,6 +299,7 @@ class InForce:
             now=self._backend.now() if now is None else now,
             tallies=self._tallies,
             unknowns=self.unknowns,
+            secret=self._secret,
         )
 
     async def _watch_file(self) -> None:

@@ -10,7 +10,7 @@ from tieredlimit._core.force import reopens_in
 from tieredlimit._core.override import Override
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US
-from tieredlimit._core.reading import did_you_mean
+from tieredlimit._core.reading import did_you_mean, spell
 from tieredlimit._core.table import Entry, Table
 from tieredlimit.decision import Decision, Reason
 from tieredlimit.demanded import Demanded, pool_wait_us
@@ -48,7 +48,7 @@ def named(table: Table, tier: str, feature: str) -> Entry:
         known = list(table.policy.features)
         hint = did_you_mean(feature[:_LONGEST_NAME], known)
         raise UsageError(
-            f'unknown feature "{feature:.80}"{hint}; known are {", ".join(known)}'
+            f"unknown feature {spell(feature)}{hint}; known are {', '.join(known)}"
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +12,9 @@ from typing import Any, Self
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.denials import Denials
+from tieredlimit._core.keys import IdSecret, Layout
 from tieredlimit._core.policy import Policy
-from tieredlimit._core.rate import DAY_US, SECOND_US
 from tieredlimit._core.table import Table
-from tieredlimit._core.taken import Taken
 from tieredlimit._core.tally import CallStats, Samples, Tallies
 from tieredlimit._core.tier import Feature
 from tieredlimit.backends import (
@@ -27,35 +27,33 @@ from tieredlimit.backends import (
     Reply,
 )
 from tieredlimit.backends.backend import ComparingBackend, StaleError
+from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.control import holds_of
 from tieredlimit.backends.server import DEFAULT_TIMEOUT
 from tieredlimit.complaints import Complaints
 from tieredlimit.control import Control
-from tieredlimit.deciding import Deciding
 from tieredlimit.decision import Decision
 from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.inforce import InForce, Stored
-from tieredlimit.judging import checked, named
+from tieredlimit.judging import named
 from tieredlimit.leases import Leases
+from tieredlimit.local import Local
 from tieredlimit.observe import Observer, Observers
-from tieredlimit.settling import Reservation, check_actual, corrections
+from tieredlimit.peeking import Peeking
+from tieredlimit.reserving import SETTLE_WITHIN, Reserving, kept_us
 from tieredlimit.shadow import Shadows
 
-__all__ = ["Complaints", "Limiter"]
+__all__ = ["SETTLE_WITHIN", "Complaints", "Limiter"]
 
 MAX_SHARDS = 1_024
 
-SETTLE_WITHIN = 86_400.0
-"""Seconds for which a reservation may be settled, unless it says otherwise."""
-
-_LONGEST_SETTLE_US = 30 * DAY_US
 
 _NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
 _MOST_REDECISIONS = 3
 
 
-class Limiter(Deciding):
+class Limiter(Peeking, Reserving):
     """Decide whether an account may use a feature now, and charge it if so.
 
     Open it with `async with`, or let the middleware, or the first take, open it; it may be used in
@@ -75,10 +73,13 @@ class Limiter(Deciding):
             down: `video:new, image` is a feature for a tier, and another for everyone.
         close_file: A file with lines of the same, looked at twice a second while the limiter is
             open; it need not exist.
+        id_secret: Ids are hashed with it wherever a bucket or a slot is named: in the store, in
+            tokens, in what heartbeats tell. At least 16 characters; all processes of a namespace
+            must have the same. None leaves ids readable.
 
     Raises:
         PolicyError: The policy has faults.
-        UsageError: The backend or the namespace cannot be used.
+        UsageError: The backend, the namespace or the secret cannot be used.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Limiter(Deciding):
         observers: Iterable[Observer] = (),
         close: str = "",
         close_file: str | Path | None = None,
+        id_secret: str | None = None,
     ) -> None:
         if not _NAMESPACE.fullmatch(namespace):
             raise UsageError(f"a namespace is 1 to 32 of a-z, 0-9, _ and -, got {namespace!r:.80}")
@@ -104,6 +106,7 @@ class Limiter(Deciding):
         elif isinstance(backend, str):
             kind = ClusterBackend if "+cluster://" in backend else RedisBackend.from_url
             backend = kind(backend)
+        secret = IdSecret(id_secret) if id_secret is not None else None
         self.enabled = enabled
         self.namespace = namespace
         self.backend = backend
@@ -112,13 +115,14 @@ class Limiter(Deciding):
         if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
             raise UsageError(f"shards must be from 1 to {MAX_SHARDS:,}, got {shards!r:.80}")
         if isinstance(backend, RedisBackend | ClusterBackend):
-            backend.join(namespace, shards)
+            backend.join(namespace, Layout(shards, "" if secret is None else secret.fingerprint))
         self.complaints = Complaints()
         self.observers = Observers(observers)
         self._observed = bool(self.observers)
         self.tallies = Tallies()
-        self.samples = Samples(namespace)
+        self.samples = Samples(namespace, secret=secret)
         self._denials = Denials()
+        self._local = Local(backend.now)
         self.leases = Leases(holds_of(backend), namespace, self.complaints, self.patience)
         self._shadows = Shadows(backend, self.observers)
         self._force = InForce(
@@ -128,6 +132,7 @@ class Limiter(Deciding):
             shards,
             close=close,
             close_file=close_file,
+            secret=secret,
             tallies=self.tallies,
             samples=self.samples,
             complaints=self.complaints,
@@ -154,8 +159,9 @@ class Limiter(Deciding):
         `TIEREDLIMIT_POLICY` names the policy file, or several joined by the system's path
         separator, each laid over the ones before; `stored` is the one that was pushed.
         `TIEREDLIMIT_REDIS` is a Redis URL; without one buckets are kept in this process.
-        `TIEREDLIMIT_NAMESPACE`, `TIEREDLIMIT_ENABLED` (0 or 1), `TIEREDLIMIT_CLOSE` and
-        `TIEREDLIMIT_CLOSE_FILE` are what the arguments of those names are.
+        `TIEREDLIMIT_NAMESPACE`, `TIEREDLIMIT_ENABLED` (0 or 1), `TIEREDLIMIT_CLOSE`,
+        `TIEREDLIMIT_CLOSE_FILE` and `TIEREDLIMIT_ID_SECRET` are what the arguments of those names
+        are.
 
         Raises:
             PolicyError: The policy has faults.
@@ -203,6 +209,16 @@ class Limiter(Deciding):
     def call_stats(self) -> CallStats | None:
         """The calls to the store, None where there are none."""
         return getattr(self.backend, "call_stats", None)
+
+    @property
+    def breaker_open(self) -> bool | None:
+        """Whether a server is not asked for now, after it failed so often in a row.
+
+        Requests then get the outage answer at once, until a probe is answered. None where there is
+        no server to ask.
+        """
+        breakers: list[Breaker] | None = getattr(self.backend, "breakers", None)
+        return None if breakers is None else any(breaker.open for breaker in breakers)
 
     @property
     def patience(self) -> float:
@@ -315,7 +331,8 @@ class Limiter(Deciding):
         error: BackendError
         reply: Any  # a `Reply`, or a `Claimed`
         at = 0
-        keep_us = 0 if settle_within is None else _kept_us(settle_within)
+        arrived = time.monotonic()
+        keep_us = 0 if settle_within is None else kept_us(settle_within)
         for _ in range(1 + _MOST_REDECISIONS):
             decision, entry, subject, charges, stamp, times, claim = self._ask(
                 account, feature, cost, at, keep_us
@@ -335,7 +352,7 @@ class Limiter(Deciding):
                 error = exc
                 # By its own clock: the nodes of a cluster need not agree on the time.
                 at = exc.now if exc.why == "time" else 0
-                if not await self._catch_up(exc):
+                if not await self._catch_up(exc, arrived + self.patience):
                     break
                 if rematch is not None:
                     feature, cost = rematch()
@@ -366,100 +383,10 @@ class Limiter(Deciding):
             return self._outage(entry, cost, exc, account)
         return self._conclude(entry, cost, subject, reply, account, charges, claim)
 
-    def reserve(
-        self,
-        account: Account,
-        feature: str,
-        cost: int = 1,
-        *,
-        settle_within: float = SETTLE_WITHIN,
-    ) -> Reservation:
-        """Charge an estimate now, to be corrected once the true cost is known.
-
-        `async with limiter.reserve(account, "video", cost=30) as r: ... await r.settle(seconds)`,
-        or `limiter.settle(r.token, seconds)` in another process. Within `settle_within` seconds,
-        and once: then, and where nobody settles, the estimate stands.
-
-        Raises:
-            UsageError: As `take`, or `settle_within` is out of bounds.
-        """
-        _kept_us(settle_within)
-
-        async def take() -> Decision:
-            return await self.take(account, feature, cost, settle_within=settle_within)
-
-        return Reservation(take, self._settle)
-
-    async def settle(self, token: str, actual: int) -> bool:
-        """Correct the cost of a reservation of any process to `actual` tokens, once.
-
-        False where there is nothing to settle any more: it was done, or it is too late. Less is
-        given back: what was charged, at most at today's price. More is charged, and may leave a
-        bucket below empty, by one capacity at most.
-
-        Raises:
-            UsageError: It is no token of this namespace, or `actual` is no whole number from 0 to
-                10**9.
-            BackendError: The store could not answer. It may or may not be settled; once more does
-                no harm.
-        """
-        check_actual(actual)
-        return bool(token) and await self._settle(Taken.read(token, self.namespace), actual)
-
-    async def refund(self, decision: Decision) -> Decision:
-        """Give back what a take was charged, and return the decision as it stands then.
-
-        Only of features with `refund_on` or `refund_on_exception`, and of reservations: of others
-        it is not known any more what was charged, and nothing is done. Never beyond full. It is not
-        for you to repeat: a refund that got no answer may have happened.
-
-        Raises:
-            BackendError: The store could not answer.
-        """
-        taken = decision.taken
-        if taken is None or not taken.buckets or not taken.cost:
-            return decision
-        back = corrections(taken, 0, self._force.table)
-        if taken.record:
-            debts = (await self.leases.holds.settle(taken.record, back)).debts
-        else:
-            debts = await self.leases.holds.refund(back)
-        own = len(decision.limits)
-        return decision._replace(debts=debts[:own], demanded=None)
-
-    async def _settle(self, taken: Taken, actual: int) -> bool:
-        if not taken.record:
-            return False
-        corrected = corrections(taken, actual, self._force.table)
-        return (await self.leases.holds.settle(taken.record, corrected)).settled
-
-    async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
-        """Return what `take` would decide now, charging nothing.
-
-        `remaining` is what is there, before the cost.
-
-        Raises:
-            UsageError: As `take`.
-        """
-        now = self.backend.now()
-        table = self._force.table_at(now)
-        entry = checked(table, account, feature, cost, now)
-        return (await self._peek_all(table, account, [entry], cost, now))[0]
-
-    async def usage(self, account: Account) -> dict[str, Decision]:
-        """Return what a take of cost 1 would decide for every feature, charging nothing.
-
-        One call to the backend at most, whatever the number of features.
-
-        Raises:
-            UsageError: An id of the account cannot be stored.
-        """
-        now = self.backend.now()
-        table = self._force.table_at(now)
-        row = table.row(table.tier_of(account, now))
-        entries = [table.find(account, feature, now) or entry for feature, entry in row.items()]
-        decisions = await self._peek_all(table, account, entries, 1, now)
-        return dict(zip(row, decisions, strict=True))
+    async def _take_kept(
+        self, account: Account, feature: str, cost: int, settle_within: float
+    ) -> Decision:
+        return await self.take(account, feature, cost, settle_within=settle_within)
 
     def tier_of(self, account: Account) -> str:
         """Return the name of the tier that the account falls in now, by the backend's clock."""
@@ -468,15 +395,3 @@ class Limiter(Deciding):
 
 async def _nobody(*_: object) -> Claimed:
     raise UsageError("concurrency and reservations need one of our backends")
-
-
-def _kept_us(settle_within: float) -> int:
-    """Return for how long a reservation is kept, in microseconds.
-
-    Raises:
-        UsageError: It is out of bounds.
-    """
-    most = _LONGEST_SETTLE_US // SECOND_US
-    if type(settle_within) not in (int, float) or not 1 <= settle_within <= most:
-        raise UsageError(f"settle_within must be from 1 to {most:,} s, got {settle_within!r:.80}")
-    return round(settle_within * SECOND_US)

@@ -29,6 +29,8 @@ _WITH_HEADERS = frozenset(
     {"http.response.start", "websocket.accept", "websocket.http.response.start"}
 )
 
+_MOST_WRAPPED = 32
+
 
 class _UnmeteredError(Exception):
     """A newer policy does not meter the request any more."""
@@ -80,6 +82,7 @@ class TieredLimitMiddleware:
                 )
         self.app = app
         self.limiter = limiter
+        self._root_path = _own_root_path(app)
         self._identify = identify
         self._anonymous = anonymous or client_address()
         self._on_denied = on_denied
@@ -188,9 +191,8 @@ class TieredLimitMiddleware:
         method = scope.get("method", "GET")
         if not limiter.enabled or (method == "OPTIONS" and _is_preflight(scope)):
             return None
-        path, outside_root = (
-            _route_path(scope) if scope.get("root_path") else (scope["path"], False)
-        )
+        root = self._root_path or scope.get("root_path")
+        path, outside_root = _route_path(scope["path"], root) if root else (scope["path"], False)
         return limiter.match(method, path, outside_root=outside_root)
 
     def _rematch(self, scope: Scope) -> tuple[str, int]:
@@ -261,13 +263,24 @@ class TieredLimitMiddleware:
             raise
 
 
-def _route_path(scope: Scope) -> tuple[str, bool]:
+def _own_root_path(app: ASGIApp) -> str:
+    """Return the root path that the application itself gives each request, "" where none does.
+
+    FastAPI with a `root_path` does so, and its router then matches below it what comes with it.
+    """
+    for _ in range(_MOST_WRAPPED):
+        root = getattr(app, "root_path", "")
+        if root and isinstance(root, str):
+            return root
+        app = getattr(app, "app", None)  # type: ignore[assignment]  # None has neither
+    return ""
+
+
+def _route_path(path: str, root: str) -> tuple[str, bool]:
     """Return the path that the router behind us will match, and whether it is outside the root.
 
     It is decoded, and below the root path where it begins with that.
     """
-    path: str = scope["path"]
-    root: str = scope["root_path"]
     below = path[len(root) :]
     # A root path that ends in mid-segment is none of the router's, and so none of ours.
     if path.startswith(root) and (not below or below[0] == "/"):

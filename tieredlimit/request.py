@@ -239,7 +239,9 @@ class RequestLimits:
     async def _account_later(self) -> Account:
         """Return the account that an answer leads to, or else the client's address."""
         answer, self._answer = self._answer, None
-        account = await self._resolved(answer or self._first_answer())
+        if answer is None:
+            answer = self._first_answer()
+        account = await self._resolved(answer)
         if account is None:
             account = await self._resolved(self._answer_of(self._anonymous))
         return account or Account("unknown", anonymous=True)

@@ -87,19 +87,20 @@ _set_id, _set_plan, _set_created_at, _set_tags, _set_within, _set_anonymous = (
 
 def _require_id(place: str, value: object) -> None:
     if not isinstance(value, str):
-        raise UsageError(f"{place} must be a string, got {_told(value)}")
+        # Not what: the text ends up in logs.
+        raise UsageError(f"{place} must be a string, got {type(value).__name__}")
     if not value:
         raise UsageError(f"{place} must not be empty")
     try:
         value.encode()
     except UnicodeEncodeError as exc:
-        told = f"{value!r:.80} holds a lone surrogate at {exc.start}"
+        told = f"it holds a lone surrogate at {exc.start}"
         raise UsageError(f"{place} must be text that UTF-8 can hold: {told}") from None
 
 
 def _require_within(within: object) -> None:
     if not isinstance(within, Mapping):
-        raise UsageError(f"within must be a mapping, got {_told(within)}")
+        raise UsageError(f"within must be a mapping, got {type(within).__name__}")
     for per, subject in within.items():
         _require_id(f"within[{per!r:.80}]", subject)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from zlib import crc32
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.keys import LEASES, POOL, key_prefix
+from tieredlimit._core.keys import LEASES, POOL, NameOf, key_prefix, subject_name
 from tieredlimit._core.pool import Pool
-from tieredlimit._core.quota import Quota
+from tieredlimit._core.quota import Quota, share_of
 from tieredlimit._core.shelf import Shelf, subject_key
 from tieredlimit._core.slots import Slot, Slots
 
@@ -23,6 +24,7 @@ class PoolPart:
 
     Attributes:
         pool: The pool.
+        tier: The tier.
         quota: One of its slices, as takes of the cell's tier see it: with what they must leave.
         shelves: The bucket of each slice.
         shards: The shard of each slice, which all keys of its takes are on.
@@ -30,6 +32,7 @@ class PoolPart:
     """
 
     pool: Pool
+    tier: str
     quota: Quota
     shelves: tuple[Shelf, ...]
     shards: tuple[int, ...]
@@ -54,7 +57,7 @@ class PoolPart:
             Shelf((quota,), None, key, False, b"$%d\r\n%b\r\n" % (len(key), key.encode()))
             for key in keys(pool.name)
         )
-        return cls(pool, quota, shelves, places, held)
+        return cls(pool, tier, quota, shelves, places, held)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,12 +68,17 @@ class Demands:
         pool: What it takes from a pool, None where its feature has none.
         own: The slots of the account and the subjects around it.
         refunds: Whether the end of a request may give back what it was charged.
+        name_of: Returns what stands for a subject in a key.
+        local: What a process gives out by itself during an outage: a share of each of the cell's
+            shelves, then of its pool's bucket; None where it gives out nothing.
         lease_us: The shortest lease of all its slots, None where it takes none.
     """
 
     pool: PoolPart | None
     own: tuple[Slots, ...]
     refunds: bool
+    name_of: NameOf = field(default=subject_name, repr=False)
+    local: tuple[Shelf, ...] | None = None
     lease_us: int | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,13 +92,41 @@ class Demands:
 
         `part` is the pool's slice.
         """
+        name_of = self.name_of
         held = [
-            _new(Slot, (subject_key(one.prefix, one.per, account, shard), one.limit, one.lease_us))
+            _new(
+                Slot,
+                (
+                    subject_key(one.prefix, one.per, account, shard, name_of),
+                    one.limit,
+                    one.lease_us,
+                ),
+            )
             for one in self.own
         ]
         if self.pool is not None and self.pool.slots is not None:
             held.append(self.pool.slots[part])
         return held
+
+
+def local_shelves(
+    shelves: Iterable[Shelf], pool: PoolPart | None, share: Fraction
+) -> tuple[Shelf, ...]:
+    """Return a share of each shelf, and of the pool if there is one."""
+    own = [
+        Shelf(
+            tuple(share_of(quota, share) for quota in shelf.quotas),
+            shelf.per,
+            shelf.prefix,
+            shelf.catch_all,
+        )
+        for shelf in shelves
+    ]
+    if pool is not None:
+        whole = replace(pool.pool.quota, leave=pool.pool.left_by(pool.tier))
+        first = pool.shelves[0]
+        own.append(Shelf((share_of(whole, share),), None, first.prefix, False, first.spelled))
+    return tuple(own)
 
 
 def slots_of(quotas: Iterable[Quota], namespace: str, feature: str, tier: str) -> tuple[Slots, ...]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from fractions import Fraction
 from typing import Any, cast
 
-from tieredlimit._core.pool import Pool, check_pool, read_pool, read_pools
+from tieredlimit._core.pool import Pool, check_pool, parse_percent, read_pool, read_pools
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.reading import Reading, did_you_mean, join, spell
 from tieredlimit._core.routes import Route, clashes
-from tieredlimit._core.tier import Feature, Outage
+from tieredlimit._core.tier import DEFAULT_OUTAGE_SHARE, Feature, Outage
 
-WORDS = ("routes", "outage", "pool", "refund_on", "refund_on_exception")
-OUTAGES = ("allow", "deny")
+WORDS = ("routes", "outage", "outage_share", "pool", "refund_on", "refund_on_exception")
+OUTAGES = ("allow", "deny", "local")
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 _ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -42,7 +43,8 @@ def read_features(
         outage = _read_outage(reading, join(path, "outage"), table.get("outage", "allow"))
         pool = shared.read(path, name, table["pool"], pairs) if "pool" in table else None
         refund_on, on_exception = _read_refunds(reading, path, table)
-        features[name] = Feature(name, pairs, outage, pool, refund_on, on_exception)
+        share = _read_share(reading, path, table, outage)
+        features[name] = Feature(name, pairs, outage, pool, refund_on, on_exception, share)
     shared.check()
     # One fault a route: of many that are all alike, each would clash with every other.
     others: dict[int, int] = {}
@@ -93,9 +95,6 @@ def _check_spelling(reading: Reading, place: str, route: Route) -> None:
 
 
 def _read_outage(reading: Reading, path: str, value: Any) -> Outage:
-    if value == "local":
-        reading.fault(path, '"local" is not supported yet')
-        return "deny"
     outage = reading.choice(path, value, OUTAGES)
     return cast(Outage, outage or "deny")  # `choice` has checked it
 
@@ -118,6 +117,19 @@ def _read_refunds(
         reading.fault(place, f"must be true or false, got {spell(on_exception)}")
         on_exception = False
     return statuses, on_exception
+
+
+def _read_share(reading: Reading, path: str, table: Mapping[Any, Any], outage: Outage) -> Fraction:
+    """Read the share that every process gives out during an outage."""
+    if "outage_share" not in table:
+        return DEFAULT_OUTAGE_SHARE
+    place, value = join(path, "outage_share"), table["outage_share"]
+    if outage != "local":
+        reading.fault(place, 'only outage = "local" gives out a share')
+    share = parse_percent(value)
+    if share is None or not share:
+        reading.fault(place, f'must be a share above 0% such as "10%", got {spell(value)}')
+    return share or DEFAULT_OUTAGE_SHARE
 
 
 class _Pools:

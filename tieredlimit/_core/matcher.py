@@ -13,6 +13,7 @@ from tieredlimit._core.routes import PART, REST, Route, covered_methods
 T = TypeVar("T")
 
 _SLASHES = re.compile(r"/{2,}")
+_MOST_CUTS = 8
 
 
 class Matcher(Generic[T]):
@@ -26,7 +27,6 @@ class Matcher(Generic[T]):
     def __init__(self, entries: Iterable[tuple[Route, T]]) -> None:
         routes = list(entries)
         self._written = _Index((route.methods, route.pattern, value) for route, value in routes)
-        self._depth = max((route.path.count("/") for route, _ in routes), default=0)
         self._bare = self._written
         if any(route.pattern != route.shape for route, _ in routes):
             self._bare = _Index((route.methods, route.shape, value) for route, value in routes)
@@ -52,30 +52,20 @@ class Matcher(Generic[T]):
         if hit is None and self._bare is not self._written:
             hit = self._bare.find(method, path)
         if hit is None and (outside_root or "//" in path or path.endswith(("/", "\n"))):
-            spellings = _spellings(path, self._depth, outside_root)
+            spellings = _spellings(path)
             hits = (self._bare.find(method, spelling) for spelling in spellings)
             hit = next(filter(None, hits), None)
+            if hit is None and (outside_root or path.endswith("\n")):
+                mounted = (self._bare.find_mounted(method, one) for one in (path, *spellings))
+                hit = next(filter(None, mounted), None)
         return hit[0] if hit else None
 
 
-def _spellings(path: str, depth: int, outside_root: bool) -> Iterator[str]:
-    """Yield other spellings of `path` that some router takes for the same, nearest first."""
+def _spellings(path: str) -> list[str]:
+    """Return other spellings of `path` that some router takes for the same, nearest first."""
     single = _SLASHES.sub("/", path)
-    bare = path.removesuffix("\n").rstrip("/")
-    yield single
-    yield bare or "/"
-    yield single.removesuffix("\n").rstrip("/") or "/"
-    if outside_root or path.endswith("\n"):
-        # Starlette's Mount takes one character too many off a path with a last newline, and nothing
-        # off a path outside the root path. Its child then matches the whole of it: `/mount/x\n`
-        # runs the child's `/{id}/x`, which we know with its mount.
-        slash = 0
-        for _ in range(depth):
-            slash = path.find("/", slash + 1)
-            if slash < 0:
-                break
-            yield path[:slash] + path
-            yield path[:slash] + bare
+    bare, single_bare = (text.removesuffix("\n").rstrip("/") or "/" for text in (path, single))
+    return list(dict.fromkeys((single, bare, single_bare)))
 
 
 # What a pattern means to each method; None is every other. Values are boxed: they may be false.
@@ -83,7 +73,7 @@ _Methods: TypeAlias = dict[str | None, tuple[T]]
 
 
 class _Index(Generic[T]):
-    """Patterns by specificity: those without parameters in a dict, the rest in a trie."""
+    """Patterns by specificity in a trie; those without parameters in a dict as well."""
 
     def __init__(self, entries: Iterable[tuple[frozenset[str] | None, str, T]]) -> None:
         self.static: dict[str, _Methods[T]] = {}
@@ -91,10 +81,9 @@ class _Index(Generic[T]):
         # Branches keep the order in which they are made, and least specific is what they want.
         ranked = sorted(entries, key=lambda entry: _specificity(entry[1]), reverse=True)
         for methods, pattern, value in ranked:
-            if "{" in pattern:
-                found = self._root.insert(_units(pattern)).methods
-            else:
-                found = self.static.setdefault(pattern, {})
+            found = self._root.insert(_units(pattern)).methods
+            if "{" not in pattern:
+                self.static[pattern] = found
             for method in [None] if methods is None else covered_methods(methods):
                 found[method] = (value,)
 
@@ -111,6 +100,29 @@ class _Index(Generic[T]):
             node, at = pending.pop()
             if at <= len(path):
                 pending += node.follow(path, at)
+            elif hit := node.methods.get(method) or node.methods.get(None):
+                return hit
+        return None
+
+    def find_mounted(self, method: str, path: str) -> tuple[T] | None:
+        """Return what `find` would, were what is below each mount given the whole path again.
+
+        Starlette's Mount takes one character too many off a path with a last newline, and nothing
+        off a path outside the root path. Its child then matches the whole of it: `/m/x` and a
+        newline run the child's `/{id}/x`, which we know with its mount; and so on in that child.
+        Therefore the path may begin anew at each slash of a pattern.
+        """
+        pending = [(self._root, 1)]
+        seen: set[tuple[int, int]] = set()
+        while pending:
+            node, at = pending.pop()
+            if (id(node), at) in seen:
+                continue
+            seen.add((id(node), at))
+            if at <= len(path):
+                if at > 1:
+                    pending.append((node, 1))
+                pending += node.follow(path, at, mounted=True)
             elif hit := node.methods.get(method) or node.methods.get(None):
                 return hit
         return None
@@ -134,10 +146,13 @@ class _Node(Generic[T]):
                 node = node.texts.setdefault(unit, _Node())
         return node
 
-    def follow(self, path: str, at: int) -> Iterator[tuple[_Node[T], int]]:
+    def follow(
+        self, path: str, at: int, *, mounted: bool = False
+    ) -> Iterator[tuple[_Node[T], int]]:
         """Yield where `path` leads from the segment at `at`, and on to where; least specific first.
 
-        Beyond the last segment is one more than the path's length.
+        Beyond the last segment is one more than the path's length. `mounted` is as for
+        `find_mounted`.
         """
         end = path.find("/", at)
         if end < 0:
@@ -146,12 +161,26 @@ class _Node(Generic[T]):
         text = segment.removesuffix("\n") if end == len(path) else segment
         for glob, node in self.branches.values():
             if glob.crosses_segments:
-                if glob.covers(path[at:]) or glob.covers(path[at:].removesuffix("\n")):
+                rests = _rests(path, at) if mounted else (path[at:],)
+                if any(glob.covers(one) or glob.covers(one.removesuffix("\n")) for one in rests):
                     yield node, len(path) + 1
             elif glob.covers(segment) or (text != segment and glob.covers(text)):
                 yield node, end + 1
         if text in self.texts:
             yield self.texts[text], end + 1
+
+
+def _rests(path: str, at: int) -> Iterator[str]:
+    """Yield what is left of a path that may begin anew, twice at most and at its first slashes."""
+    yield path[at:]
+    cuts: list[int] = []
+    slash = path.find("/", 1)
+    while slash >= 0 and len(cuts) < _MOST_CUTS:
+        cuts.append(slash)
+        slash = path.find("/", slash + 1)
+    firsts = [path[at:cut] for cut in cuts if cut >= at]
+    yield from (first + path for first in firsts)
+    yield from (first + path[:cut] + path for first in firsts for cut in cuts)
 
 
 def _units(pattern: str) -> list[str]:

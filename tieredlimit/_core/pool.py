@@ -253,7 +253,15 @@ def _check_leave(reading: Reading, path: str, pool: Pool) -> None:
 def _parse_leave(value: Any) -> Leave:
     if type(value) is int and 0 <= value <= MAX_AMOUNT:
         return Leave(tokens=value)
+    share = parse_percent(value)
+    if share is None:
+        raise ValueError(f'got {spell(value)}; write a number of tokens, or a share such as "50%"')
+    return Leave(share=share)
+
+
+def parse_percent(value: object) -> Fraction | None:
+    """Read a share such as "50%", None if it is none: more than 100, or no percentage at all."""
     match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if match is None or Fraction(match[1]) > 100:
-        raise ValueError(f'got {spell(value)}; write a number of tokens, or a share such as "50%"')
-    return Leave(share=Fraction(match[1]) / 100)
+        return None
+    return Fraction(match[1]) / 100

@@ -8,7 +8,7 @@ from struct import pack
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import policy_field
-from tieredlimit._core.keys import ADDRESS, STAND_IN, subject_name
+from tieredlimit._core.keys import ADDRESS, STAND_IN, NameOf, subject_name
 from tieredlimit._core.quota import Quota
 
 _FIRST_SHARD = ":0}"
@@ -24,6 +24,7 @@ class Shelf:
         prefix: The key without the subject, on the first shard.
         catch_all: True in the last of several tiers, where strangers land.
         spelled: The key as Redis is sent it, where no subject follows the prefix: a pool's.
+        name_of: Returns what stands for a subject in a key.
         tags: What stands for the quotas' names in a store, in their order.
         steps: Interval, reach and clamp of each quota.
         packed: What a take of cost 1 charges, as the store's script reads it.
@@ -36,6 +37,7 @@ class Shelf:
     prefix: str
     catch_all: bool
     spelled: bytes = b""
+    name_of: NameOf = field(default=subject_name, repr=False)
     tags: tuple[int, ...] = field(init=False)
     steps: tuple[tuple[int, int, int], ...] = field(init=False)
     packed: bytes = field(init=False, repr=False)
@@ -58,7 +60,7 @@ class Shelf:
         Raises:
             UsageError: An id cannot be stored.
         """
-        return subject_key(self.prefix, self.per, account, shard)
+        return subject_key(self.prefix, self.per, account, shard, self.name_of)
 
     def packed_for(self, cost: int) -> bytes:
         """Return what a take of `cost` charges, as the store's script reads it."""
@@ -67,8 +69,12 @@ class Shelf:
         return self.packed_peek if cost == 0 else _packed(self.quotas, cost)
 
 
-def subject_key(prefix: str, per: str | None, account: Account, shard: int) -> str:
+def subject_key(
+    prefix: str, per: str | None, account: Account, shard: int, name_of: NameOf = subject_name
+) -> str:
     """Return the key of a subject of an account on a shard; `prefix` is for the first one.
+
+    `name_of` returns what stands for the subject.
 
     Raises:
         UsageError: An id cannot be stored.
@@ -77,12 +83,12 @@ def subject_key(prefix: str, per: str | None, account: Account, shard: int) -> s
         before, _, after = prefix.partition(_FIRST_SHARD)
         prefix = f"{before}:{shard}}}{after}"
     if per is None:
-        return prefix + subject_name(account.id, ADDRESS if account.anonymous else "")
+        return prefix + name_of(account.id, ADDRESS if account.anonymous else "")
     subject = account.within.get(per)
     if subject is None:
         mark = STAND_IN + ADDRESS if account.anonymous else STAND_IN
-        return prefix + subject_name(account.id, mark)
-    return prefix + subject_name(subject)
+        return prefix + name_of(account.id, mark)
+    return prefix + name_of(subject, "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

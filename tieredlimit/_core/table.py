@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from zlib import crc32
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.demands import Demands, PoolPart, slots_of
+from tieredlimit._core.demands import Demands, PoolPart, local_shelves, slots_of
 from tieredlimit._core.force import Variants, in_force, overridden
-from tieredlimit._core.keys import ADDRESS, SHADOW, key_prefix
+from tieredlimit._core.keys import ADDRESS, SHADOW, IdSecret, NameOf, key_prefix, name_by
 from tieredlimit._core.matcher import Matcher
 from tieredlimit._core.override import Override, edges
 from tieredlimit._core.policy import Policy
@@ -70,6 +70,7 @@ class Table:
         now: The instant for which it is built; overrides that begin or end bound it.
         tallies: Where decisions are counted.
         unknowns: Where unknown plans and ages are counted.
+        secret: What ids are hashed with in keys, None where they stand there as they are.
 
     Attributes:
         match: Returns the feature that a request is metered as, and its cost, as `Matcher.match`.
@@ -100,6 +101,7 @@ class Table:
         now: int = 0,
         tallies: Tallies | None = None,
         unknowns: Unknowns | None = None,
+        secret: IdSecret | None = None,
     ) -> None:
         self.policy = policy
         self.shards = shards
@@ -115,7 +117,7 @@ class Table:
         self.overrides: dict[str, list[Override]] = {}
         for one in overrides:
             self.overrides.setdefault(one.feature, []).append(one)
-        cells = _Cells(self, namespace, now, tallies or Tallies())
+        cells = _Cells(self, namespace, now, tallies or Tallies(), name_by(secret))
         self.rows = [cells.row(i) for i in range(len(policy.tiers))]
         self._by_name = {tier.name: row for tier, row in zip(policy.tiers, self.rows, strict=True)}
         self._pers = cells.pers
@@ -230,7 +232,9 @@ class _Cells:
         personal: Whether an override makes a cell depend on the account.
     """
 
-    def __init__(self, table: Table, namespace: str, now: int, tallies: Tallies) -> None:
+    def __init__(
+        self, table: Table, namespace: str, now: int, tallies: Tallies, name_of: NameOf
+    ) -> None:
         self.pers: set[str] = set()
         self.measured_pers: set[str] = set()
         self.personal = False
@@ -238,6 +242,7 @@ class _Cells:
         self._namespace = namespace
         self._now = now
         self._tallies = tallies
+        self._name_of = name_of
         self._parts: dict[tuple[str, str], PoolPart] = {}
 
     def row(self, rank: int) -> dict[str, Entry]:
@@ -280,10 +285,15 @@ class _Cells:
         if cell.zero:
             return entry
         own = slots_of(cell.quotas, self._namespace, cell.feature, cell.tier)
-        if pool is None and not own and not entry.feature.refunds:
+        feature = entry.feature
+        keeps_local = feature.outage == "local" and bool(entry.shelves or pool)
+        if pool is None and not own and not feature.refunds and not keeps_local:
             return entry
         part = None if pool is None else self._part(pool, cell.tier)
-        demands = Demands(part, own, entry.feature.refunds)
+        local = None
+        if keeps_local:
+            local = local_shelves(entry.shelves, part, feature.outage_share)
+        demands = Demands(part, own, feature.refunds, self._name_of, local)
         if part is None:
             return replace(entry, demands=demands)
         reach = part.quota.capacity - part.quota.leave
@@ -309,6 +319,7 @@ class _Cells:
                 per,
                 key_prefix(self._namespace, 0, cell.feature, tier, per),
                 catch_all,
+                name_of=self._name_of,
             )
             for per, quotas in kinds.items()
         )

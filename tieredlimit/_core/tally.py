@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.keys import ACCOUNT, ADDRESS, subject_name
+from tieredlimit._core.keys import ACCOUNT, ADDRESS, IdSecret, subject_name
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit.errors import UsageError
 
@@ -163,18 +163,26 @@ class Samples:
         most: How many are remembered; older ones make room.
         per_second: How many are taken of any second.
         plain: True remembers ids as `plain_id` spells them, instead of hashes.
+        secret: What the store's keys hash ids with, for `hashed_id`; None for nothing.
 
     Raises:
         UsageError: `most` is below 1, or `per_second` is out of bounds.
     """
 
     def __init__(
-        self, namespace: str, *, most: int = 50, per_second: int = 10, plain: bool = False
+        self,
+        namespace: str,
+        *,
+        most: int = 50,
+        per_second: int = 10,
+        plain: bool = False,
+        secret: IdSecret | None = None,
     ) -> None:
         if type(most) is not int or most < 1:
             raise UsageError(f"most must be a whole number above 0, got {most!r:.80}")
         self._namespace = namespace
         self._plain = plain
+        self._secret = secret
         self._pace = Pace(per_second)
         self._kept: deque[dict[str, str | int]] = deque(maxlen=most)
 
@@ -182,7 +190,10 @@ class Samples:
         """Remember a denial, if this second has room; `now` is on the backend's clock."""
         if not self._pace.lets(now):
             return
-        spelled = plain_id(account) if self._plain else hashed_id(account, self._namespace)
+        if self._plain:
+            spelled = plain_id(account)
+        else:
+            spelled = hashed_id(account, self._namespace, self._secret)
         self._kept.append(
             {"at_us": now, "feature": feature, "tier": tier, "reason": reason, "account": spelled}
         )
@@ -234,12 +245,15 @@ class CallStats:
         }
 
 
-def hashed_id(account: Account, namespace: str) -> str:
+def hashed_id(account: Account, namespace: str, secret: IdSecret | None = None) -> str:
     """Return 16 hexadecimal digits for an account's id, after `*` if it is a client address.
 
     Equal in every process of a namespace, so that an operator can look for one account. It keeps
-    ids out of sight; whoever knows the namespace can still try one id after the other.
+    ids out of sight; whoever knows the namespace can still try one id after the other. With a
+    secret nobody can, and it is how the store's keys spell the id, cut short.
     """
+    if secret is not None:
+        return _mark(account) + secret.name(account.id)[1:17]
     digest = blake2b(f"{namespace}\0{account.id}".encode(), digest_size=8).hexdigest()
     return _mark(account) + digest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from tieredlimit._core.condition import When
@@ -14,7 +15,10 @@ from tieredlimit._core.routes import Route
 
 _AMOUNT = re.compile(r"\s*([0-9]+)")
 
-Outage = Literal["allow", "deny"]
+Outage = Literal["allow", "deny", "local"]
+
+DEFAULT_OUTAGE_SHARE = Fraction(1, 10)
+"""The share of each quota that a process gives out by itself, unless the policy says another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Feature:
         name: Its name.
         routes: The requests that count, with their costs.
         outage: What they get while the store cannot be asked.
+        outage_share: The share of each quota that every process gives out then, if `local`.
         pool: The capacity that all accounts share, None for none.
         refund_on: The statuses with which a request costs nothing after all.
         refund_on_exception: Whether one costs nothing whose handler raises before it answers.
@@ -69,6 +74,7 @@ class Feature:
     pool: Pool | None = None
     refund_on: frozenset[int] = frozenset()
     refund_on_exception: bool = False
+    outage_share: Fraction = DEFAULT_OUTAGE_SHARE
 
     @property
     def refunds(self) -> bool:

@@ -8,31 +8,46 @@ waits for the next one and travels together; an idle limiter sends a decision at
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from hashlib import sha1
+from collections.abc import Callable, Sequence
 from struct import pack
 from typing import Any, Final, Literal
 
+from tieredlimit._core.keys import nameless, probe_key
+from tieredlimit._core.quota import Quota
+from tieredlimit._core.shelf import Shelf
 from tieredlimit._core.stamp import Stamp, prepared_for
 from tieredlimit._core.tally import CallStats
 from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply, StaleError
+from tieredlimit.backends.breaker import Breaker
+from tieredlimit.backends.call import (
+    ASKING,
+    Call,
+    Script,
+    Waiting,
+    bulk,
+    fail_all,
+    gather,
+    tag_of,
+)
 from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.errors import BackendError
 
-MAX_DECISIONS = 128
-"""The most decisions in one call."""
 MIN_SHARE = 16
 """Decisions for which a call of their own is worth its cost."""
-MAX_KEYS = 320
-"""The most keys in one call; a call must not hold Redis for more than about two milliseconds.
-A decision that has more by itself is a call of its own."""
 MAX_KEYS_OF_ONE = 65_535
 """The most keys of one decision, as the script counts them."""
 MAX_WAITING = 10_000
 """The most decisions that may wait for a call; further ones fail at once."""
 MAX_MEASURING = 1_000
 """The same for those that only measure."""
+
+_PROBE_TAG = "tieredlimit"
+# A token each millisecond: what it leaves behind is gone at once.
+_PROBED = Shelf((Quota("probe", "1000/second", 1_000, 1_000),), None, "", catch_all=False)
+
+_log = logging.getLogger("tieredlimit")
 
 # What the script says instead of decisions.
 _STALE: Final[dict[int, Literal["newer", "other", "time"]]] = {2: "newer", 3: "other", 4: "time"}
@@ -41,115 +56,6 @@ _STALE: Final[dict[int, Literal["newer", "other", "time"]]] = {2: "newer", 3: "o
 _TURNS = 3
 # Seconds by which a timer must be late for the event loop to have been busy.
 _BUSY = 0.01
-
-
-def bulk(value: bytes) -> bytes:
-    """Return a bulk string of the Redis serialization protocol (RESP)."""
-    return b"$%d\r\n%b\r\n" % (len(value), value)
-
-
-_ASKING = b"*1\r\n" + bulk(b"ASKING")
-
-
-class Script:
-    """Hold a script, and the beginning of the commands that run it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
-        self.evalsha = bulk(b"EVALSHA") + bulk(self.sha.encode())
-        self.eval = bulk(b"EVAL") + bulk(text.encode())
-
-
-class Waiting:
-    """Hold a decision that somebody waits for, ready to be sent."""
-
-    __slots__ = (
-        *("charges", "claim", "future", "keys", "names", "numbers", "parts", "redirected"),
-        *("stamp", "times"),
-    )
-
-    def __init__(
-        self,
-        future: asyncio.Future[Any],
-        charges: Sequence[Charge],
-        stamp: Stamp | None,
-        times: tuple[int, int] | None,
-        claim: Claim | None = None,
-    ) -> None:
-        self.future = future
-        self.charges = charges
-        self.claim = claim
-        self.stamp = stamp
-        self.times = times
-        if len(charges) == 1 and claim is None:
-            key, shelf, cost = charges[0]
-            name = key.encode()
-            self.names = b"$%d\r\n%b\r\n" % (len(name), name)
-            self.numbers = shelf.packed if cost == 1 else shelf.packed_for(cost)
-            self.keys = 1
-            self.parts = shelf.parts
-        else:
-            self._spell(charges, claim)
-        """How many numbers of a reply are its own."""
-        self.redirected = 0
-        """How often in a row a node of a cluster has sent it to another."""
-
-    def key(self, at: int) -> str:
-        """Return one of its keys, in the order in which they are sent."""
-        if at < len(self.charges):
-            return self.charges[at].key
-        return self.claim.slots[at - len(self.charges)].key if self.claim else ""
-
-    def _spell(self, charges: Sequence[Charge], claim: Claim | None) -> None:
-        names, numbers, parts = [], [], 1
-        for key, shelf, cost in charges:
-            if shelf.spelled:
-                names.append(shelf.spelled)
-            else:
-                name = key.encode()
-                names.append(b"$%d\r\n%b\r\n" % (len(name), name))
-            numbers.append(shelf.packed if cost == 1 else shelf.packed_for(cost))
-            parts += shelf.parts - 1
-        if claim is not None:
-            id_, slots, record, keep_us = claim
-            for key, limit, lease_us in slots:
-                name = key.encode()
-                names.append(b"$%d\r\n%b\r\n" % (len(name), name))
-                if id_:
-                    numbers.append(b"$32\r\n%b\r\n" % pack("<16sdd", id_, limit, lease_us))
-                else:
-                    numbers.append(b"$16\r\n%b\r\n" % pack("<dd", limit, lease_us))
-                parts += 1
-            if record:
-                names.append(bulk(record.encode()))
-                numbers.append(bulk(pack("<d", keep_us)))
-        self.names, self.numbers = b"".join(names), b"".join(numbers)
-        self.keys, self.parts = len(names), parts
-
-
-class Call:
-    """Hold one command and the decisions that it carries.
-
-    `again` is true where Redis said before that it does not know the script; `asking` where a node
-    of a cluster is asked about a slot that is on its way to it, which takes a reply of its own.
-    """
-
-    __slots__ = ("again", "asking", "command", "decisions", "lands", "measured", "unheard")
-
-    def __init__(
-        self, command: bytes, decisions: list[Waiting], *, again: bool, asking: bool
-    ) -> None:
-        self.command = command
-        self.decisions = decisions
-        self.again = again
-        self.asking = asking
-        self.unheard = 2 if asking else 1
-        """How many replies are still to come."""
-        self.lands = False
-        """Whether it is the last of those that were written together."""
-        self.measured = False
-        """The same, among those that only measure."""
 
 
 class Calls:
@@ -182,9 +88,14 @@ class Calls:
         stats: CallStats | None = None,
     ) -> None:
         self.stats = stats or CallStats()
+        self.breaker = Breaker()
+        self.opened: Callable[[], None] | None = None
+        """Called when the breaker opens."""
+        self._probe_tag = _PROBE_TAG
         self._script = script
         self._clock = clock
         self._timeout = timeout
+        self._late = f"Redis did not answer within {timeout:g} s"
         self._learn_clock = learn_clock
         self._expired = expired
         self._queue: deque[Waiting] = deque()
@@ -209,14 +120,18 @@ class Calls:
         claim: Claim | None = None,
         *,
         shadow: bool = False,
+        probes: bool = False,
     ) -> asyncio.Future[Any]:
         """Let a decision wait for the next call; one in `shadow` only measures.
 
         Its result is a `Reply`, or a `Claimed` where there is a claim.
 
         Raises:
-            BackendError: Too many wait already, or the decision has too many keys.
+            BackendError: The breaker is open and this is none that `probes`, too many wait already,
+                or the decision has too many keys.
         """
+        if self.breaker.open and not probes:
+            raise BackendError(f"Redis is not asked for now: {self.breaker.why}")
         queue, most = (self.measuring, MAX_MEASURING) if shadow else (self._queue, MAX_WAITING)
         if len(queue) >= most:
             raise BackendError(f"{most} decisions are waiting for Redis already")
@@ -239,6 +154,11 @@ class Calls:
             self._wake_at(deadline)
         return future
 
+    def probe(self) -> asyncio.Future[Reply]:
+        """Let a decision wait that is nobody's: it writes, and so tells whether others could."""
+        key = probe_key(self._probe_tag)
+        return self.add((Charge(key, _PROBED, 1),), probes=True)
+
     def next_flight(self, slots: int) -> list[Call]:
         """Return the calls to write next, none if nobody waits; so many writes may follow."""
         call = self.next_call(slots)
@@ -259,7 +179,7 @@ class Calls:
     def next_measuring(self) -> list[Call]:
         """Return the calls to write next that only measure, none if there is nothing to measure."""
         decisions = gather(self.measuring)
-        return [self._call(decisions, again=False)] if decisions else []
+        return [self._call(decisions, again=False, measures=True)] if decisions else []
 
     def answer(self, call: Call, reply: Answer) -> str | None:
         """Give each decision its part of the reply; say what is wrong with it, None if nothing."""
@@ -271,6 +191,9 @@ class Calls:
                 self.fail(call, f"Redis refused: {reply.text}", BackendError(reply.text))
             return None
         decisions = call.decisions
+        if self.breaker.shaken and not all(one.future.done() for one in decisions):
+            # An answer that is too late for everybody is none.
+            self.answered()
         if type(reply) is list and len(reply) == 3 and reply[1] in _STALE:
             self._learn_clock(reply[0])
             for one in decisions:
@@ -290,7 +213,8 @@ class Calls:
                 continue
             said = reply[at]
             if said < 0:
-                error = BackendError(f"Redis holds what is no bucket under {one.key(-said - 1)}")
+                cell = nameless(one.key(-said - 1))
+                error = BackendError(f"Redis holds what is no bucket under a key of {cell}")
                 future.set_exception(error)
             elif one.claim is None:
                 future.set_result(Reply(said == 1, now, reply[at + 1 : end]))
@@ -302,16 +226,34 @@ class Calls:
 
     def fail(self, call: Call, why: str, cause: BaseException | None = None) -> None:
         """Fail every decision of a call."""
-        fail_all(call.decisions, why, cause)
+        undecided = fail_all(call.decisions, why, cause)
+        if not call.measures:
+            self.failed(why, undecided, call.decisions[-1:])
 
     def fail_waiting(self, why: str, cause: BaseException | None = None) -> None:
         """Fail every decision that waits for a call."""
         waiting = [*(one for decisions in self._again for one in decisions), *self._queue]
-        waiting += self.measuring
+        measuring = list(self.measuring)
         self._queue.clear()
         self.measuring.clear()
         self._again.clear()
-        fail_all(waiting, why, cause)
+        fail_all(measuring, why, cause)
+        self.failed(why, fail_all(waiting, why, cause), waiting[-1:])
+
+    def failed(self, why: str, decisions: int, latest: Sequence[Waiting]) -> None:
+        """Count decisions that failed; where they are too many, nobody else has to wait."""
+        for one in latest:
+            self._probe_tag = tag_of(one.charges, one.stamp) or _PROBE_TAG
+        if decisions and self.breaker.failed(why, decisions):
+            _log.warning("tieredlimit: Redis is not asked any more, only probed: %s", why)
+            self.fail_waiting(f"Redis is not asked for now: {why}")
+            if self.opened is not None:
+                self.opened()
+
+    def answered(self) -> None:
+        """Take note that Redis has answered."""
+        if self.breaker.answered():
+            _log.warning("tieredlimit: Redis answers again, and is asked again")
 
     def _call_again(self) -> Call | None:
         """Return the next call that Redis did not know the script of."""
@@ -321,7 +263,14 @@ class Calls:
                 return self._call(decisions, again=True)
         return None
 
-    def _call(self, decisions: list[Waiting], *, again: bool, asking: bool = False) -> Call:
+    def _call(
+        self,
+        decisions: list[Waiting],
+        *,
+        again: bool,
+        asking: bool = False,
+        measures: bool = False,
+    ) -> Call:
         layout = [one.keys for one in decisions]
         keys = sum(layout)
         stamp = decisions[0].stamp
@@ -331,7 +280,7 @@ class Calls:
         now = b"" if self._clock is None else b"%d" % self._clock()
         command = b"".join(
             [
-                _ASKING if asking else b"",
+                ASKING if asking else b"",
                 b"*%d\r\n" % (7 + len(names) + 2 * keys),
                 self._script.eval if again else self._script.evalsha,
                 bulk(b"%d" % (len(names) + keys)),
@@ -344,7 +293,7 @@ class Calls:
                 *[one.numbers for one in decisions],
             ]
         )
-        return Call(command, decisions, again=again, asking=asking)
+        return Call(command, decisions, again=again, asking=asking, measures=measures)
 
     def _wake_at(self, instant: float) -> None:
         self._due = instant
@@ -369,60 +318,20 @@ class Calls:
         now = loop.time()
         deadlines = self._deadlines
         self._timer = None
+        late = 0
         while deadlines:
             deadline, future = deadlines[0]
             if not future.done():
                 if deadline > now:
                     self._wake_at(deadline)
                     break
-                error = BackendError(f"Redis did not answer within {self._timeout:g} s")
-                future.set_exception(error)
+                future.set_exception(BackendError(self._late))
+                late += 1
             deadlines.popleft()
         # While nothing is sent, what was given up must not take the place of others.
         for queue in (self._queue, self.measuring):
             while queue and queue[0].future.done():
                 queue.popleft()
+        self.failed(self._late, late, ())
         # Also where nobody waited that long: impatient callers leave a dead connection behind.
         self._expired()
-
-
-def gather(queue: deque[Waiting], share: int = MAX_DECISIONS) -> list[Waiting]:
-    """Take from a queue what one call may carry, a share at most."""
-    decisions: list[Waiting] = []
-    keys = 0
-    most = min(share, MAX_DECISIONS)
-    revision = None
-    while queue and len(decisions) < most:
-        waiting = queue[0]
-        if not waiting.future.done():
-            keys += waiting.keys
-            stamp = waiting.stamp
-            if decisions:
-                if keys > MAX_KEYS:
-                    break
-                if stamp is not revision and not _alike(stamp, revision):
-                    break
-            revision = stamp
-            decisions.append(waiting)
-        queue.popleft()
-    return decisions
-
-
-def _alike(one: Stamp | None, other: Stamp | None) -> bool:
-    """Say whether decisions of two stamps may share a call of one server."""
-    if one is None or other is None:
-        return one is other
-    # Nor of two tables of one revision, or of two namespaces: each has shards of its own.
-    return (one.revision, one.since, one.before, one.tag.partition(":")[0]) == (
-        *(other.revision, other.since, other.before, other.tag.partition(":")[0]),
-    )
-
-
-def fail_all(decisions: Iterable[Waiting], why: str, cause: BaseException | None) -> None:
-    """Fail the decisions that are not decided yet."""
-    # An error each: callers add their own traceback to it.
-    for one in decisions:
-        if not one.future.done():
-            error = BackendError(why)
-            error.__cause__ = cause
-            one.future.set_exception(error)

@@ -132,11 +132,14 @@ class ClusterBackend(OverRedis[Fleet]):
         fleet = self._fleet()
         if fleet.ready:
             return await fleet.add(charges, stamp, times, claim)
+        if fleet.breaker.open:
+            raise BackendError(f"the Redis Cluster is not asked for now: {fleet.breaker.why}")
         try:
             async with asyncio.timeout(self.timeout):
                 await fleet.open()
                 return await fleet.add(charges, stamp, times, claim)
         except TimeoutError as exc:
+            fleet.late(f"it did not answer within {self.timeout:g} s")
             raise BackendError(
                 f"the Redis Cluster did not answer within {self.timeout:g} s"
             ) from exc

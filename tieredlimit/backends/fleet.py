@@ -11,9 +11,11 @@ from redis.crc import key_slot
 
 from tieredlimit._core.stamp import Stamp
 from tieredlimit.backends.backend import Charge, Claim, Reply
-from tieredlimit.backends.calls import MAX_WAITING, Call, Waiting, fail_all
+from tieredlimit.backends.breaker import Breaker
+from tieredlimit.backends.call import Call, Waiting, fail_all, tag_of
+from tieredlimit.backends.calls import MAX_WAITING
 from tieredlimit.backends.link import Link
-from tieredlimit.backends.nodecalls import Address, NodeCalls, tag_of
+from tieredlimit.backends.nodecalls import Address, NodeCalls
 from tieredlimit.backends.replies import Refusal
 from tieredlimit.backends.server import CONNECT_TIMEOUT, STALL_TIMEOUT, greet
 from tieredlimit.errors import BackendError, UsageError
@@ -56,6 +58,14 @@ class Fleet:
         self._between: list[Waiting] = []
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        # Of learning which node serves which slot: without that nobody can be asked.
+        self.breaker = Breaker()
+        self._next_look: asyncio.TimerHandle | None = None
+
+    @property
+    def breakers(self) -> list[Breaker]:
+        """What says whether each primary is asked, and whether the slots are known."""
+        return [self.breaker, *(member.calls.breaker for member in self._members.values())]
 
     async def open(self) -> None:
         """Learn the slots, if that has not been done; who gives up leaves the attempt running.
@@ -166,8 +176,8 @@ class Fleet:
     async def greet(self, connection: Any, address: Address) -> None:
         """Get a connection ready; the primary that has a namespace's record is asked for it."""
         held = {
-            namespace: shards
-            for namespace, shards in self.backend.namespaces.items()
+            namespace: layout
+            for namespace, layout in self.backend.namespaces.items()
             if self._owners[key_slot(namespace.encode())] == address
         }
         try:
@@ -185,6 +195,8 @@ class Fleet:
     async def close(self) -> None:
         """Close all connections; what waits fails."""
         self._closed = True
+        if self._next_look is not None:
+            self._next_look.cancel()
         if self._timer is not None:
             self._timer.cancel()
         fail_all(self._between, CLOSED, None)
@@ -257,8 +269,34 @@ class Fleet:
 
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening = None
-        if not opening.cancelled():
-            opening.exception()  # whoever still waits has it; nobody else needs a warning
+        if opening.cancelled() or self._closed:
+            return
+        error = opening.exception()  # whoever still waits has it; nobody else needs a warning
+        if error is None:
+            if self.breaker.answered():
+                _log.warning("tieredlimit: the Redis Cluster answers again, and is asked again")
+        else:
+            self.late(str(error))
+            if self.breaker.open:
+                self._look_later()
+
+    def late(self, why: str) -> None:
+        """Count a decision that failed because the slots are not known."""
+        if self.breaker.failed(why) and not self._closed:
+            _log.warning("tieredlimit: the Redis Cluster is not asked any more: %s", why)
+            if self._opening is None:
+                self._look_later()
+
+    def _look_later(self) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
+        pause = self.breaker.pause()
+        self._next_look = asyncio.get_running_loop().call_later(pause, self._look)
+
+    def _look(self) -> None:
+        self._next_look = None
+        if self.breaker.open and not self._closed:
+            _ = self._start_opening()
 
     async def _refresh(self) -> None:
         try:

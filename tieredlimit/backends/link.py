@@ -18,7 +18,10 @@ from typing import Any, cast
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tieredlimit.backends.calls import Call, Calls
+from tieredlimit.backends.backend import Reply
+from tieredlimit.backends.breaker import Breaker
+from tieredlimit.backends.call import Call
+from tieredlimit.backends.calls import Calls
 from tieredlimit.backends.replies import Answer, Refusal, read_replies
 from tieredlimit.errors import BackendError
 
@@ -44,7 +47,17 @@ def connection_of(pool: ConnectionPool, **where: Any) -> Any:
             self._reader = self._writer = None
             return cast(asyncio.StreamWriter, stream)
 
-    return Connection(**{**pool.connection_kwargs, **where})
+        async def disconnect(self, nowait: bool = False, **given: Any) -> None:
+            """Close it; with `nowait` at once, where TLS would go on to say goodbye."""
+            if nowait and self.is_connected:
+                self.transport.abort()
+            await super().disconnect(nowait=nowait, **given)
+
+    connection = Connection(**{**pool.connection_kwargs, **where})
+    # No CLIENT SETINFO: two commands more for each connection, which no ACL for all servers from
+    # Redis 6.2 on can allow by name.
+    connection.driver_info = connection.lib_name = connection.lib_version = None
+    return connection
 
 
 class Line(asyncio.Protocol):
@@ -124,6 +137,9 @@ class Link:
         self._flights = 0
         self._measures = False
         self._later: asyncio.Handle | None = None
+        self._next_probe: asyncio.TimerHandle | None = None
+        self._closed = False
+        calls.opened = self._probe_later
 
     async def open(self) -> None:
         """Connect, if that has not been done; callers that give up leave the attempt running.
@@ -150,6 +166,11 @@ class Link:
         """Send what only measures: behind what is sent next, or else in the loop's next turn."""
         if self._later is None and not self._measures:
             self._later = asyncio.get_running_loop().call_soon(self._measure)
+
+    @property
+    def breakers(self) -> list[Breaker]:
+        """What says whether the server is asked."""
+        return [self.calls.breaker]
 
     @property
     def connected(self) -> bool:
@@ -200,6 +221,8 @@ class Link:
     async def close(self) -> None:
         """Close the connection for good; what was sent and what waits fails."""
         # First of all, so that nothing is left for which another connection would be made.
+        self._closed = True
+        self._stop_probing()
         self.calls.fail_waiting(_CLOSED)
         ending = [task for task in (self._opening, self._keeper) if task is not None]
         if self._opening is not None:
@@ -207,6 +230,40 @@ class Link:
         self.drop("closed")
         if ending:
             await asyncio.wait(ending)
+
+    def _probe_later(self) -> None:
+        """Find out in a moment whether the server is back; nobody waits for it."""
+        self._stop_probing()
+        if not self._closed:
+            pause = self.calls.breaker.pause()
+            self._next_probe = asyncio.get_running_loop().call_later(pause, self._probe)
+
+    def _stop_probing(self) -> None:
+        if self._next_probe is not None:
+            self._next_probe.cancel()
+            self._next_probe = None
+
+    def _probe(self) -> None:
+        self._next_probe = None
+        if not self.calls.breaker.open:
+            return  # a late reply has closed it
+        self.check_pulse()
+        try:
+            probe = self.calls.probe()
+        except BackendError:  # as many wait as may
+            self._probe_later()
+            return
+        probe.add_done_callback(self._probed)
+        self.pump()
+
+    def _probed(self, probe: asyncio.Future[Reply]) -> None:
+        if probe.cancelled():
+            return
+        if probe.exception() is not None:
+            self._probe_later()
+        else:
+            # Where a node of a cluster has sent it to another, that one has answered.
+            self.calls.answered()
 
     def _pump_soon(self) -> None:
         self._soon = None

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from tieredlimit._core.stamp import Stamp
 from tieredlimit.backends.backend import Charge, Claim
-from tieredlimit.backends.calls import (
+from tieredlimit.backends.call import (
     MAX_DECISIONS,
     MAX_KEYS,
-    MAX_WAITING,
-    MIN_SHARE,
     Call,
-    Calls,
     Waiting,
     fail_all,
     gather,
+    tag_of,
 )
+from tieredlimit.backends.calls import MAX_WAITING, MIN_SHARE, Calls
 from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.backends.server import TAKE
 from tieredlimit.errors import BackendError
@@ -57,6 +56,7 @@ class NodeCalls(Calls):
         claim: Claim | None = None,
         *,
         shadow: bool = False,
+        probes: bool = False,
     ) -> asyncio.Future[Any]:
         """Let a decision wait for the next call of its tag; as `Calls.add`.
 
@@ -65,7 +65,7 @@ class NodeCalls(Calls):
         """
         if not shadow and self._sorted + len(self._queue) >= MAX_WAITING:
             raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
-        return super().add(charges, stamp, times, claim, shadow=shadow)
+        return super().add(charges, stamp, times, claim, shadow=shadow, probes=probes)
 
     def take_over(
         self, decisions: list[Waiting], *, asking: bool = False, again: bool = False
@@ -130,7 +130,7 @@ class NodeCalls(Calls):
         calls = []
         for queue in by_tag.values():
             while decisions := gather(queue):
-                calls.append(self._call(decisions, again=False))
+                calls.append(self._call(decisions, again=False, measures=True))
         return calls
 
     def answer(self, call: Call, reply: Answer) -> str | None:
@@ -160,20 +160,10 @@ class NodeCalls(Calls):
         self._redirected.clear()
         self._by_tag.clear()
         self._sorted = 0
-        fail_all(waiting, why, cause)
+        self.failed(why, fail_all(waiting, why, cause), waiting[-1:])
         super().fail_waiting(why, cause)
 
     def _look_around(self, cause: BaseException | None) -> None:
         # Not where we are closed or cancelled: an event loop that ends must not start any task.
         if isinstance(cause, Exception):
             self._fleet.refresh_soon()
-
-
-def tag_of(charges: Sequence[Charge], stamp: Stamp | None = None) -> str:
-    """Return the hash tag of a decision's keys, without its braces."""
-    if stamp is not None:
-        return stamp.tag
-    if not charges:
-        return ""
-    key = charges[0].key
-    return key[key.index("{") + 1 : key.index("}")]

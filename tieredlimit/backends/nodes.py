@@ -21,6 +21,8 @@ from tieredlimit.backends.wire import Command, UnreachableError, Wire, connected
 from tieredlimit.errors import BackendError
 
 _MAX_REDIRECTIONS = 8
+# Seconds that what all share may take, however patient: a dead connection is in everybody's way.
+_SHARED_TIMEOUT = 2.0
 # Seconds to wait before a command whose keys are between two nodes is sent again.
 _TRY_AGAIN = 0.01
 # What stands for a host that the node itself does not know: the one that it was asked at.
@@ -192,7 +194,8 @@ class Sessions:
         self._route = route
         self._timeout = timeout
         self._owners: dict[int, Address] = {}
-        self._nodes = PerLoop(lambda: Nodes(route, timeout, self._owners))
+        shared = min(timeout, _SHARED_TIMEOUT)
+        self._nodes = PerLoop(lambda: Nodes(route, shared, self._owners))
 
     def nodes(self) -> Nodes:
         """Return those that the running event loop keeps."""

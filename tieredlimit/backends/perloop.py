@@ -51,6 +51,11 @@ class PerLoop(Generic[T]):
         self._latest = loop, held
         return held
 
+    def all(self) -> list[T]:
+        """Return those of all event loops."""
+        with self._lock:
+            return list(self._held.values())
+
     def pop(self) -> T | None:
         """Forget the running event loop's and return it, None if there is none."""
         with self._lock:

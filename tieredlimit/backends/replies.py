@@ -48,9 +48,9 @@ def read_replies(data: bytes) -> tuple[list[Answer], bytes]:
             if head < 0:
                 break
             count = int(data[1:head])
-            parts = data.split(_NEXT, count)
-            if count < 1 or data[head + 2 : head + 3] not in (b":", b""):
+            if not 1 <= count <= LONGEST or data[head + 2 : head + 3] not in (b":", b""):
                 raise ValueError(_told(data))
+            parts = data.split(_NEXT, count)
             last, end, rest = parts[-1].partition(_END)
             if len(parts) <= count or not end:
                 if data.count(_END) > count:

@@ -13,8 +13,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from tieredlimit._core.keys import KEY_FORMAT
-from tieredlimit.backends.calls import Script
+from tieredlimit._core.keys import Layout
+from tieredlimit.backends.call import Script
 from tieredlimit.backends.memory import system_clock
 from tieredlimit.errors import UsageError
 
@@ -87,11 +87,11 @@ class ServerClock:
         return time.monotonic_ns() // 1000 + self._offset_us
 
 
-async def greet(connection: Any, clock: ServerClock, namespaces: Mapping[str, int]) -> None:
+async def greet(connection: Any, clock: ServerClock, namespaces: Mapping[str, Layout]) -> None:
     """Get a new connection ready: load the script, learn the clock, compare the namespaces' layout.
 
     Raises:
-        UsageError: A namespace holds keys of another format or number of shards.
+        UsageError: A namespace holds keys of another format, number of shards, or id secret.
     """
     await connection.send_command("SCRIPT", "LOAD", TAKE.text)
     try:
@@ -102,14 +102,14 @@ async def greet(connection: Any, clock: ServerClock, namespaces: Mapping[str, in
     await connection.send_command("TIME")
     seconds, microseconds = await connection.read_response()
     clock.learn(int(seconds) * 1_000_000 + int(microseconds))
-    for namespace, shards in namespaces.items():
-        await _check_layout(connection, namespace, shards)
+    for namespace, layout in namespaces.items():
+        await _check_layout(connection, namespace, layout)
 
 
-async def _check_layout(connection: Any, namespace: str, shards: int) -> None:
+async def _check_layout(connection: Any, namespace: str, layout: Layout) -> None:
     """Compare how this process lays out a namespace with how the first one did."""
     key = f"tl:{{{namespace}}}:layout"
-    ours = f"format {KEY_FORMAT}, shards {shards}"
+    ours = layout.record()
     try:
         await connection.send_command("SET", key, ours, "NX")
         await connection.read_response()
@@ -121,7 +121,10 @@ async def _check_layout(connection: Any, namespace: str, shards: int) -> None:
         return
     if theirs is not None and theirs != ours.encode():
         spelled = theirs.decode("utf-8", "replace")
+        held, same = Layout.read(theirs), "shards"
+        if held is not None and held.ids != layout.ids:
+            same = "id_secret" if held.shards == layout.shards else "shards and id_secret"
         raise UsageError(
             f'the namespace "{namespace}" in Redis is laid out as "{spelled:.80}", this '
-            f'process has "{ours}": give all its processes the same shards, or another namespace'
+            f'process has "{ours}": give all its processes the same {same}, or another namespace'
         )

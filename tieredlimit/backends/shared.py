@@ -6,7 +6,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
+from tieredlimit._core.keys import Layout
 from tieredlimit._core.tally import CallStats
+from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.perloop import PerLoop
 from tieredlimit.errors import BackendError, UsageError
 
@@ -18,6 +20,11 @@ class Session(Protocol):
 
     async def open(self) -> None:
         """Connect, if that has not been done."""
+        ...
+
+    @property
+    def breakers(self) -> list[Breaker]:
+        """The breaker of each server that it talks to."""
         ...
 
     async def close(self) -> None:
@@ -34,7 +41,7 @@ class OverRedis(Generic[S]):
     Attributes:
         compares_revisions: Each call compares the revision under which its decisions were prepared.
         timeout: Seconds that a decision may take.
-        namespaces: The number of shards of each namespace.
+        namespaces: How each namespace is laid out.
         call_stats: The calls to Redis, from all event loops.
         entered: Called in each event loop in which it is used for the first time.
         leaving: Awaited in an event loop before what it holds there is given back.
@@ -46,25 +53,34 @@ class OverRedis(Generic[S]):
         if not timeout > 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
         self.timeout = timeout
-        self.namespaces: dict[str, int] = {}
+        self.namespaces: dict[str, Layout] = {}
         self.call_stats = CallStats()
         self.entered: list[Callable[[], None]] = []
         self.leaving: list[Callable[[], Awaitable[None]]] = []
         self._connect = connect
         self._sessions: PerLoop[S] = PerLoop(self._enter)
 
-    def join(self, namespace: str, shards: int) -> None:
-        """Take note of the shards of a namespace, to be compared with what Redis holds.
+    def join(self, namespace: str, layout: Layout) -> None:
+        """Take note of how a namespace is laid out, to be compared with what Redis holds.
 
         Raises:
-            UsageError: It has another number here already.
+            UsageError: It is laid out in another way here already.
         """
-        known = self.namespaces.setdefault(namespace, shards)
-        if known != shards:
+        known = self.namespaces.setdefault(namespace, layout)
+        if known.shards != layout.shards:
             raise UsageError(
-                f'the namespace "{namespace}" has {known} shards on this backend already, '
-                f"got {shards}"
+                f'the namespace "{namespace}" has {known.shards} shards on this backend already, '
+                f"got {layout.shards}"
             )
+        if known != layout:
+            raise UsageError(
+                f'the namespace "{namespace}" has another id_secret on this backend already'
+            )
+
+    @property
+    def breakers(self) -> list[Breaker]:
+        """The breakers of all servers, in all event loops."""
+        return [breaker for session in self._sessions.all() for breaker in session.breakers]
 
     async def open(self) -> None:
         """Connect, load the script and learn the server's clock; log where that fails.

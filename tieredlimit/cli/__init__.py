@@ -9,6 +9,7 @@ import click
 
 from tieredlimit import __version__
 from tieredlimit.cli import (
+    acl,
     check,
     control,
     doctor,
@@ -54,6 +55,7 @@ _COMMANDS = (
     *refill.commands,
     watch.command,
     doctor.command,
+    acl.command,
 )
 for _command in _COMMANDS:
     main.add_command(_command)

@@ -6,9 +6,11 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import median
 from typing import Any, Literal
 
+from tieredlimit._core.policy import Policy
 from tieredlimit.backends.memory import system_clock
 from tieredlimit.cli.terminal import printable
 
@@ -44,6 +46,28 @@ class Finding:
         """Return it on one line."""
         means = f": {self.means}" if self.means else ""
         return printable(f"{self.name}: {self.told}{means}")
+
+
+def outage_finding(policy: Policy) -> Finding:
+    """Say what requests get while Redis cannot answer."""
+    answers = {
+        "deny": "is denied",
+        "local": "gets a share from each process",
+        "allow": "is allowed, without any limit",
+    }
+    told = [
+        f"{feature.name} {answers[feature.outage]}"
+        + (f" ({spell_share(feature.outage_share)})" if feature.outage == "local" else "")
+        for feature in policy.features.values()
+    ]
+    return Finding(
+        "ok", "outage", f"while Redis is down {', '.join(told)}; zero and closed stay so"
+    )
+
+
+def spell_share(share: Fraction) -> str:
+    """Return a share as a policy writes it."""
+    return f"{float(share * 100):g}%"
 
 
 def server_findings(

@@ -20,13 +20,14 @@ from tieredlimit.cli.checks import (
     Stopwatch,
     clock_finding,
     latency_finding,
+    outage_finding,
     permission_findings,
     read_config,
     read_info,
     server_findings,
 )
 from tieredlimit.cli.fleet import look, named, shard_number
-from tieredlimit.cli.session import Place, Session, connects, run, session
+from tieredlimit.cli.session import Place, Session, connects, policy_of, run, session
 from tieredlimit.cli.terminal import count, echo_json
 from tieredlimit.errors import BackendError
 
@@ -135,6 +136,8 @@ async def _namespace(opened: Session) -> list[Finding]:
         means = "workers go on with what they have, and nothing can be changed"
         return [*findings, Finding("weakness", "revision", str(exc), means)]
     head = fleet.head
+    if head.base is not None or opened.place.paths:
+        findings.append(outage_finding(policy_of(head, opened.place)))
     if head.number:
         findings.append(await _shards(opened, head.number))
     else:

@@ -20,6 +20,7 @@ from tieredlimit._core.explanation import (
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.rate import SECOND_US, spell_duration, spell_instant
 from tieredlimit._core.tier import Feature
+from tieredlimit.cli.checks import spell_share
 from tieredlimit.cli.inforce import Ruling
 from tieredlimit.cli.requests import Request
 from tieredlimit.cli.spelled import override_document
@@ -247,6 +248,9 @@ def _outage(explanation: Explanation) -> str:
         return "the same while Redis cannot answer: it is not asked"
     if explanation.feature.outage == "allow":
         return "allowed, and not counted, while Redis cannot answer"
+    if explanation.feature.outage == "local":
+        share = spell_share(explanation.feature.outage_share)
+        return f"each process gives out {share} of the quotas by itself while Redis cannot answer"
     return "503 Service Unavailable while Redis cannot answer"
 
 

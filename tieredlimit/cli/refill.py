@@ -15,7 +15,7 @@ import click
 from tieredlimit._core.account import Account
 from tieredlimit._core.demands import Demands, PoolPart
 from tieredlimit._core.explanation import spell_about
-from tieredlimit._core.keys import LEASES, key_prefix
+from tieredlimit._core.keys import LEASES, key_prefix, name_by
 from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.reading import did_you_mean
@@ -204,6 +204,7 @@ async def _target(
         given["anonymous"],
     )
     namespace, now = opened.place.namespace, await opened.store.now()
+    name_of = name_by(opened.secret)
     table = Table(policy, namespace, opened.shards, overrides=head.overrides, now=now)
     described = account.plan is not None or account.created_at is not None or account.tags
     if tier is not None:
@@ -224,16 +225,13 @@ async def _target(
             raise UsageError(f'no quota is charged per "{per}"{did_you_mean(per, pers)}')
     shard = _shard(table, namespace, account, feature, names[0])
     subjects = (None, *sorted(pers))
-    keys = {
-        (name, per): subject_key(key_prefix(namespace, 0, feature, name, per), per, account, shard)
-        for name in names
-        for per in subjects
-    }
-    slots = [
-        subject_key(key_prefix(namespace, 0, feature, name + LEASES, per), per, account, shard)
-        for name in names
-        for per in subjects
-    ]
+
+    def key(tier: str, per: str | None) -> str:
+        prefix = key_prefix(namespace, 0, feature, tier, per)
+        return subject_key(prefix, per, account, shard, name_of)
+
+    keys = {(name, per): key(name, per) for name in names for per in subjects}
+    slots = [key(name + LEASES, per) for name in names for per in subjects]
     return Target(feature, account, names, bool(tier or described), keys, slots, pool)
 
 

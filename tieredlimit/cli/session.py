@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import click
 from click.core import ParameterSource
 
-from tieredlimit._core.keys import KEY_FORMAT
+from tieredlimit._core.keys import KEY_FORMAT, IdSecret, Layout
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.revision import Revision
 from tieredlimit.backends import ClusterBackend, RedisBackend
@@ -31,7 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
-_LAYOUT = re.compile(rb"format ([0-9]{1,6}), shards ([0-9]{1,6})")
+_SECRET = "TIEREDLIMIT_ID_SECRET"  # noqa: S105 -- where it is, not what
 
 
 class Failure(click.ClickException):
@@ -76,13 +77,36 @@ class Session:
         layout: The layout as Redis has noted it, None where no worker has been there yet.
     """
 
-    def __init__(self, place: Place, route: Route, layout: bytes | None, shards: int) -> None:
+    def __init__(
+        self, place: Place, route: Route, layout: bytes | None, default_shards: int
+    ) -> None:
         self.place = place
         self.route = route
         self.layout = layout
-        self.shards = shards
+        self._read = None if layout is None else _read_layout(layout)
+        self.shards = shards = default_shards if self._read is None else self._read.shards
         self.nodes = Nodes(route, TIMEOUT, {})
         self.store: ControlStore = RedisControl(route, place.namespace, shards, poll_interval=None)
+
+    @property
+    def secret(self) -> IdSecret | None:
+        """What ids are hashed with in the namespace, None for nothing.
+
+        Raises:
+            Failure: The environment has another secret than the workers, or only one of them has.
+        """
+        given = os.environ.get(_SECRET) or None
+        secret = None if given is None else IdSecret(given)
+        if self._read is None or self._read.ids == ("" if secret is None else secret.fingerprint):
+            return secret
+        place = f'in the namespace "{self.place.namespace}"'
+        if secret is None:
+            told = f"{place} ids are hashed: give the workers' secret in {_SECRET}"
+        elif self._read.ids:
+            told = f"{place} ids are hashed with another secret than the one in {_SECRET}"
+        else:
+            told = f"{place} ids are not hashed: unset {_SECRET}"
+        raise Failure(f"{told}. No account's buckets can be found, and nothing was done")
 
 
 REDIS = click.option(
@@ -138,9 +162,7 @@ def place_of(ctx: click.Context, url: str | None, namespace: str, paths: tuple[s
     """
     if not url:
         raise click.UsageError("Say which Redis: --redis URL, or TIEREDLIMIT_REDIS.")
-    if not _NAMESPACE.fullmatch(namespace):
-        told = f"got {namespace!r:.80}; a namespace is 1 to 32 of a-z, 0-9, _ and -"
-        raise click.BadParameter(told, param_hint="'--namespace'")
+    check_namespace(namespace)
     typed = {
         name: ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
         for name in ("url", "namespace")
@@ -149,6 +171,17 @@ def place_of(ctx: click.Context, url: str | None, namespace: str, paths: tuple[s
     if typed["url"] and "@" not in url and "password" not in url:
         suffix += f" --redis {url}"
     return Place(url, namespace, typed["namespace"], paths, suffix, pace_of(ctx))
+
+
+def check_namespace(namespace: str) -> None:
+    """Check that a text can be a namespace.
+
+    Raises:
+        click.BadParameter: It cannot.
+    """
+    if not _NAMESPACE.fullmatch(namespace):
+        told = f"got {namespace!r:.80}; a namespace is 1 to 32 of a-z, 0-9, _ and -"
+        raise click.BadParameter(told, param_hint="'--namespace'")
 
 
 @asynccontextmanager
@@ -170,7 +203,7 @@ async def session(place: Place) -> AsyncIterator[Session]:
         layout = await first.ask(key, "GET", key)
     finally:
         await first.close()
-    opened = Session(place, route, layout, _shards(layout, backend.default_shards))
+    opened = Session(place, route, layout, backend.default_shards)
     try:
         yield opened
     finally:
@@ -222,18 +255,16 @@ def _route(backend: RedisBackend | ClusterBackend) -> Route:
     return Route(lambda _: connection_of(pool))
 
 
-def _shards(layout: bytes | None, default: int) -> int:
-    """Return the number of shards that the workers have noted.
+def _read_layout(layout: bytes) -> Layout:
+    """Return the layout that the workers have noted.
 
     Raises:
         Failure: They have noted what this release cannot serve.
     """
-    if layout is None:
-        return default
-    found = _LAYOUT.fullmatch(layout)
-    if found is None or int(found[1]) != KEY_FORMAT or not 1 <= int(found[2]) <= 1_024:
+    found = Layout.read(layout)
+    if found is None or not 1 <= found.shards <= 1_024:
         raise Failure(
             f'the namespace in Redis is laid out as "{layout.decode("utf-8", "replace"):.80}", '
             f"and this release knows format {KEY_FORMAT}"
         )
-    return int(found[2])
+    return found

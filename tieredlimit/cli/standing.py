@@ -149,7 +149,9 @@ async def asked(
     now = await opened.store.now()
     # The one knows where accounts live, the other what the cell says while it is closed, too.
     table = Table(policy, namespace, shards, overrides=head.overrides, now=now)
-    entry = Table(policy_under(policy, cell), namespace, shards).entry(cell.tier, cell.feature)
+    secret = None if anybody and not account.within else opened.secret
+    under = Table(policy_under(policy, cell), namespace, shards, secret=secret)
+    entry = under.entry(cell.tier, cell.feature)
     shard, slice_ = table.place_of(account, entry)
     part = slice_ if plain.pool is None or plain.pool.slices == 1 or not anybody else None
     level = None
