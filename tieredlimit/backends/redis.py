@@ -22,7 +22,7 @@ from tieredlimit.backends.server import (
     greet,
 )
 from tieredlimit.backends.shared import OverRedis
-from tieredlimit.errors import UsageError
+from tieredlimit.errors import BackendError, UsageError
 
 IN_FLIGHT = 2
 """The most calls that may wait for their reply."""
@@ -122,7 +122,11 @@ class RedisBackend(OverRedis[Link]):
                 The charges may or may not have been applied.
         """
         link = self._sessions.here()
-        future: asyncio.Future[Reply] = link.calls.add(charges, stamp, times)
+        try:
+            future: asyncio.Future[Reply] = link.calls.add(charges, stamp, times)
+        except BackendError:
+            await asyncio.sleep(0)  # whoever asks again and again must let the probe have its turn
+            raise
         link.offer()
         return await future
 
@@ -140,7 +144,11 @@ class RedisBackend(OverRedis[Link]):
             BackendError: As `take`. What is claimed may be held: release it by its id.
         """
         link = self._sessions.here()
-        future: asyncio.Future[Claimed] = link.calls.add(charges, stamp, times, claim)
+        try:
+            future: asyncio.Future[Claimed] = link.calls.add(charges, stamp, times, claim)
+        except BackendError:
+            await asyncio.sleep(0)  # as `take`
+            raise
         link.offer()
         return await future
 
