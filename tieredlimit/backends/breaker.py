@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 FAILURES = 5
-"""How many decisions in a row must fail before a server is not asked any more."""
+"""How many failures in a row there must be before a server is not asked any more: calls that broke
+or were refused, and decisions that waited in vain."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 """Seconds until the first probe, and between the later ones."""
@@ -38,10 +39,10 @@ class Breaker:
         """Whether anything has failed since the last answer."""
         return self.open or self._failures > 0
 
-    def failed(self, why: str, decisions: int = 1) -> bool:
+    def failed(self, why: str, times: int = 1) -> bool:
         """Count failures; say whether it opens now."""
         self.why = why
-        self._failures += decisions
+        self._failures += times
         if self.open or self._failures < FAILURES:
             return False
         self.open = True

@@ -227,8 +227,9 @@ class Calls:
     def fail(self, call: Call, why: str, cause: BaseException | None = None) -> None:
         """Fail every decision of a call."""
         undecided = fail_all(call.decisions, why, cause)
-        if not call.measures:
-            self.failed(why, undecided, call.decisions[-1:])
+        # One failure, however many shared it; none where we gave up ourselves.
+        if undecided and not call.measures and not isinstance(cause, asyncio.CancelledError):
+            self.failed(why, call.decisions[-1:])
 
     def fail_waiting(self, why: str, cause: BaseException | None = None) -> None:
         """Fail every decision that waits for a call."""
@@ -238,13 +239,14 @@ class Calls:
         self.measuring.clear()
         self._again.clear()
         fail_all(measuring, why, cause)
-        self.failed(why, fail_all(waiting, why, cause), waiting[-1:])
+        if fail_all(waiting, why, cause) and isinstance(cause, Exception):
+            self.failed(why, waiting[-1:])
 
-    def failed(self, why: str, decisions: int, latest: Sequence[Waiting]) -> None:
-        """Count decisions that failed; where they are too many, nobody else has to wait."""
+    def failed(self, why: str, latest: Sequence[Waiting] = (), times: int = 1) -> None:
+        """Count failures; where they are too many, nobody else has to wait."""
         for one in latest:
             self._probe_tag = tag_of(one.charges, one.stamp) or _PROBE_TAG
-        if decisions and self.breaker.failed(why, decisions):
+        if self.breaker.failed(why, times):
             _log.warning("tieredlimit: Redis is not asked any more, only probed: %s", why)
             self.fail_waiting(f"Redis is not asked for now: {why}")
             if self.opened is not None:
@@ -332,6 +334,7 @@ class Calls:
         for queue in (self._queue, self.measuring):
             while queue and queue[0].future.done():
                 queue.popleft()
-        self.failed(self._late, late, ())
+        if late:
+            self.failed(self._late, times=late)
         # Also where nobody waited that long: impatient callers leave a dead connection behind.
         self._expired()

@@ -160,7 +160,8 @@ class NodeCalls(Calls):
         self._redirected.clear()
         self._by_tag.clear()
         self._sorted = 0
-        self.failed(why, fail_all(waiting, why, cause), waiting[-1:])
+        if fail_all(waiting, why, cause) and isinstance(cause, Exception):
+            self.failed(why, waiting[-1:])
         super().fail_waiting(why, cause)
 
     def _look_around(self, cause: BaseException | None) -> None:

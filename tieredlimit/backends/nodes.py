@@ -136,7 +136,9 @@ class Nodes:
 
     async def close(self) -> None:
         """Close all connections."""
-        await asyncio.gather(*(wire.drop() for wire in self._wires.values()))
+        # Not gathered: where this is cancelled, tasks that had not begun would close nothing.
+        for wire in list(self._wires.values()):
+            await wire.drop()
 
     def _forget(self, address: Address | None) -> None:
         # Of a copy: event loops in other threads may add to it.
