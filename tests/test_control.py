@@ -966,3 +966,24 @@ class TestCut:
         held = {own_cluster.owner_of(key).command("GET", key) for key in keys}
         assert held == {spelled(revision(2))}
         await store.close()
+
+
+async def test_closing_that_is_cancelled_closes_its_connections_all_the_same(
+    redis_server: RedisServer, redis_url: str
+) -> None:
+    backend = RedisBackend.from_url(redis_url)
+    made: list[Any] = []
+
+    def connect(_: object) -> Any:
+        made.append(connection_of(backend._pool))
+        return made[-1]
+
+    nodes = Nodes(Route(connect), 5.0, {})
+    await nodes.ask("a", "GET", "a")
+
+    closing = asyncio.create_task(nodes.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+
+    assert [one.is_connected for one in made] == [False]
