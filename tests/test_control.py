@@ -979,7 +979,7 @@ async def test_closing_that_is_cancelled_closes_its_connections_all_the_same(
         return made[-1]
 
     nodes = Nodes(Route(connect), 5.0, {})
-    await nodes.ask("a", "GET", "a")
+    await nodes.ask("tl1:{test:0}:a", "GET", "tl1:{test:0}:a")
 
     closing = asyncio.create_task(nodes.close())
     await asyncio.sleep(0)
