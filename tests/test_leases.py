@@ -668,3 +668,33 @@ class TestStoreThatIsDown:
 
         assert lease.over
         await leases.close()
+
+
+@pytest.mark.fault("H1")
+async def test_slots_that_are_still_held_are_released_where_another_of_the_lease_was_lost() -> None:
+    clock = Clock()
+    pool = {"rate": "1000/hour", "concurrency": 1, "lease": "1 hour"}
+    limiter = Limiter(policy(3, "10 seconds", pool=pool), MemoryBackend(clock=clock))
+    lease = (await limiter.take(ANN, "video")).lease
+    assert lease is not None
+
+    async with lease:
+        clock.now += 11_000_000  # as a process that was stopped finds it
+        assert not await lease.renew()
+    after = await limiter.take(BEN, "video")
+
+    assert lease.lost
+    assert after.reason == "allowed"
+    await limiter.close()
+
+
+async def test_take_that_was_never_sent_has_nothing_to_release() -> None:
+    limiter = Limiter(policy(), "redis://127.0.0.1:1/0")
+
+    outcomes = [(await limiter.take(ANN, "video")).reason for _ in range(1_000)]
+
+    assert set(outcomes) == {"outage"}
+    assert limiter.breaker_open
+    # Only those before the breaker opened may have been on their way.
+    assert len(limiter.leases._here()._left) < 20
+    await limiter.close()

@@ -19,7 +19,7 @@ from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.table import Entry, Table
 from tieredlimit._core.tally import Samples
 from tieredlimit.backends import Backend, Charge, Claim, Claimed, MemoryBackend, Reply, Slot
-from tieredlimit.backends.backend import ComparingBackend, StaleError
+from tieredlimit.backends.backend import ComparingBackend, NotAskedError, StaleError
 from tieredlimit.backends.memory import new_tuple
 from tieredlimit.complaints import Complaints
 from tieredlimit.decision import Decision
@@ -313,7 +313,7 @@ class Deciding:
 
         What it claimed may be held, and nobody would ever hear of it: it is released.
         """
-        if claim is not None:
+        if claim is not None and not isinstance(error, NotAskedError):
             self.leases.abandon(taken_by(entry, cost, charges, claim))
         if not isinstance(error, BackendError):
             raise error

@@ -69,7 +69,7 @@ class Demanded:
 
     __slots__ = (
         *("_allowed", "_charges", "_claim", "_cost", "_entry", "_held", "_lease", "_leases"),
-        *("_pool_debt", "_since", "_taken"),
+        *("_pool_debt", "_since", "_taken", "refunded"),
     )
 
     def __init__(
@@ -93,6 +93,8 @@ class Demanded:
         self._leases = leases
         # Nobody may look at the lease before much of its time is over.
         self._since = time.monotonic() if claim is not None else 0.0
+        self.refunded = False
+        """Whether it was given back, or that was tried: never a second time."""
         self._taken: Taken | None = None
         self._lease: Lease | None = None
 

@@ -18,7 +18,7 @@ from tieredlimit.errors import BackendError, UsageError
 __all__ = ["Lease", "Leases"]
 
 MOST_ABANDONED = 10_000
-"""The most leases whose release is tried again and again; what is beyond ends with its time."""
+"""The most leases whose release is tried again and again; beyond, the oldest end by themselves."""
 
 # How many times a lease is renewed in its time; and how soon again where that went wrong.
 _RENEWALS = 3
@@ -163,7 +163,7 @@ class Lease:
         if self._over:
             return
         if self.lost:
-            self._stop()
+            # Not over: one of its slots is lost, and others may be held until the job's end.
             told = UsageError("its time was over before it was renewed, or the store was emptied")
             self._leases.complaints.log("a lease was lost: its job may be over the limit", told)
         else:
@@ -278,11 +278,13 @@ class _Abandoned:
 
     def add(self, taken: Taken) -> None:
         """Take care of one more."""
-        if len(self._left) < MOST_ABANDONED:
-            longest = max(lease_us for _, lease_us in taken.slots) / SECOND_US
-            self._left[taken.id] = taken, time.monotonic() + longest, None
-            if self._task is None:
-                self._task = asyncio.get_running_loop().create_task(self._work())
+        if len(self._left) >= MOST_ABANDONED:
+            # The oldest: most of its time is over.
+            del self._left[next(iter(self._left))]
+        longest = max(lease_us for _, lease_us in taken.slots) / SECOND_US
+        self._left[taken.id] = taken, time.monotonic() + longest, None
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def end(self) -> None:
         """Try once more, and give up."""
@@ -314,7 +316,7 @@ class _Abandoned:
 
     async def _release_some(self, ids: Sequence[bytes]) -> bool:
         """Try these; say whether the store has answered at all."""
-        some = [self._left[id_] for id_ in ids]
+        some = [self._left[id_] for id_ in ids if id_ in self._left]
         freed = await asyncio.gather(
             *(self._holds.release(hold_of(taken)) for taken, _, _ in some), return_exceptions=True
         )
@@ -324,7 +326,7 @@ class _Abandoned:
                 free_since = now
             straggling = free_since is None or now - free_since < _STRAGGLING
             # What is left goes to the end: others have their turn before it is tried again.
-            del self._left[taken.id]
+            self._left.pop(taken.id, None)
             if said is not True and now < over_at and straggling:
                 self._left[taken.id] = taken, over_at, free_since
         return any(type(said) is bool for said in freed)

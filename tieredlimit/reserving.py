@@ -66,15 +66,18 @@ class Reserving(Deciding):
         """Give back what a take was charged, and return the decision as it stands then.
 
         Only of features with `refund_on` or `refund_on_exception`, and of reservations: of others
-        it is not known any more what was charged, and nothing is done. Never beyond full. It is not
-        for you to repeat: a refund that got no answer may have happened.
+        it is not known any more what was charged, and nothing is done. Never beyond full, and never
+        twice: one that got no answer may have happened.
 
         Raises:
             BackendError: The store could not answer.
         """
-        taken = decision.taken
+        taken, demanded = decision.taken, decision.demanded
+        if demanded is None or demanded.refunded:
+            return decision
         if taken is None or not taken.buckets or not taken.cost:
             return decision
+        demanded.refunded = True
         back = corrections(taken, 0, self._force.table)
         if taken.record:
             debts = (await self.leases.holds.settle(taken.record, back)).debts

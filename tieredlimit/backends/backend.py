@@ -66,6 +66,10 @@ class Claimed(NamedTuple):
     held: list[int]
 
 
+class NotAskedError(BackendError):
+    """Report that the store was not asked, and so that nothing was charged or claimed."""
+
+
 class StaleError(BackendError):
     """A decision was prepared under a revision that is not in force, or for another time.
 

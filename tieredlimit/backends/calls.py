@@ -19,7 +19,7 @@ from tieredlimit._core.quota import Quota
 from tieredlimit._core.shelf import Shelf
 from tieredlimit._core.stamp import Stamp, prepared_for
 from tieredlimit._core.tally import CallStats
-from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply, StaleError
+from tieredlimit.backends.backend import Charge, Claim, Claimed, NotAskedError, Reply, StaleError
 from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.call import (
     ASKING,
@@ -131,12 +131,12 @@ class Calls:
                 or the decision has too many keys.
         """
         if self.breaker.open and not probes:
-            raise BackendError(f"Redis is not asked for now: {self.breaker.why}")
+            raise NotAskedError(f"Redis is not asked for now: {self.breaker.why}")
         queue, most = (self.measuring, MAX_MEASURING) if shadow else (self._queue, MAX_WAITING)
         if len(queue) >= most:
-            raise BackendError(f"{most} decisions are waiting for Redis already")
+            raise NotAskedError(f"{most} decisions are waiting for Redis already")
         if len(charges) > MAX_KEYS_OF_ONE:
-            raise BackendError(
+            raise NotAskedError(
                 f"a decision may have at most {MAX_KEYS_OF_ONE} keys, got {len(charges)}"
             )
         loop = self._loop

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tieredlimit._core.stamp import Stamp
-from tieredlimit.backends.backend import Charge, Claim, Claimed, Reply
+from tieredlimit.backends.backend import Charge, Claim, Claimed, NotAskedError, Reply
 from tieredlimit.backends.fleet import Fleet
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.nodecalls import Address
@@ -140,7 +140,7 @@ class ClusterBackend(OverRedis[Fleet]):
             return await future
         if fleet.breaker.open:
             await asyncio.sleep(0)
-            raise BackendError(f"the Redis Cluster is not asked for now: {fleet.breaker.why}")
+            raise NotAskedError(f"the Redis Cluster is not asked for now: {fleet.breaker.why}")
         try:
             async with asyncio.timeout(self.timeout):
                 await fleet.open()

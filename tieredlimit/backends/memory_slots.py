@@ -18,10 +18,12 @@ class SlotRoom:
     The lease is part of what names a slot, as it is in Redis.
     """
 
-    __slots__ = ("_count", "_due", "_held", "_maximum")
+    __slots__ = ("_count", "_due", "_full", "_held", "_maximum")
 
     def __init__(self, maximum: int) -> None:
         self._held: dict[str, dict[tuple[bytes, int], int]] = {}
+        # Where all seemed held: from when until when they are, so that not every denial counts.
+        self._full: dict[str, tuple[int, int]] = {}
         self._due: list[tuple[int, str, tuple[bytes, int]]] = []
         self._count = 0
         self._maximum = maximum
@@ -35,12 +37,18 @@ class SlotRoom:
         holders = self._held.get(slot.key)
         if holders is None or len(holders) < slot.limit:
             return len(holders or ())
+        since, until = self._full.get(slot.key, (0, 0))
+        if since <= now < until:
+            return len(holders)
         for holder, free_at in holders.items():
             # The clock was set back, or the lease was longer: each is held for its own, counted
             # from now.
             if free_at > now + max(holder[1], slot.lease_us):
                 self._put(slot.key, holders, holder, now + holder[1])
-        return sum(free_at > now for free_at in holders.values())
+        held = sum(free_at > now for free_at in holders.values())
+        if held == len(holders):
+            self._full[slot.key] = now, min(holders.values())
+        return held
 
     def require_space(self, new: int, now: int) -> None:
         """Make sure that so many more slots fit.
@@ -93,6 +101,7 @@ class SlotRoom:
         if holder not in holders or at < holders[holder]:
             heappush(self._due, (at, key, holder))
         holders[holder] = at
+        self._full.pop(key, None)
         if len(self._due) > 2 * self._count + _SLACK:
             # Most were released before their time.
             self._due = [
@@ -109,6 +118,7 @@ class SlotRoom:
         if holders is None or free_at is None:
             return None
         self._count -= 1
+        self._full.pop(key, None)
         if not holders:
             del self._held[key]
         return free_at

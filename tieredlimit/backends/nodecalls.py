@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tieredlimit._core.stamp import Stamp
-from tieredlimit.backends.backend import Charge, Claim
+from tieredlimit.backends.backend import Charge, Claim, NotAskedError
 from tieredlimit.backends.call import (
     MAX_DECISIONS,
     MAX_KEYS,
@@ -21,7 +21,6 @@ from tieredlimit.backends.call import (
 from tieredlimit.backends.calls import MAX_WAITING, MIN_SHARE, Calls
 from tieredlimit.backends.replies import Answer, Refusal
 from tieredlimit.backends.server import TAKE
-from tieredlimit.errors import BackendError
 
 if TYPE_CHECKING:
     from tieredlimit.backends.fleet import Fleet
@@ -64,7 +63,7 @@ class NodeCalls(Calls):
             BackendError: Too many wait already, or the decision has too many keys.
         """
         if not shadow and self._sorted + len(self._queue) >= MAX_WAITING:
-            raise BackendError(f"{MAX_WAITING} decisions are waiting for Redis already")
+            raise NotAskedError(f"{MAX_WAITING} decisions are waiting for Redis already")
         return super().add(charges, stamp, times, claim, shadow=shadow, probes=probes)
 
     def take_over(

@@ -118,7 +118,7 @@ class RedisHolds:
 class _Asked:
     """Hold one script to run, and who waits for its reply."""
 
-    __slots__ = ("args", "future", "keys", "script")
+    __slots__ = ("args", "deadline", "future", "keys", "script")
 
     def __init__(
         self,
@@ -126,7 +126,9 @@ class _Asked:
         keys: Sequence[str],
         args: Sequence[bytes],
         future: asyncio.Future[Any],
+        deadline: float,
     ) -> None:
+        self.deadline = deadline
         self.script = script
         self.keys = keys
         self.args = args
@@ -197,7 +199,7 @@ class _Queue:
             raise BackendError(f"{MAX_WAITING} releases and the like wait for Redis already")
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._waiting.append(_Asked(script, keys, args, future))
+        self._waiting.append(_Asked(script, keys, args, future, loop.time() + TIMEOUT))
         if self._task is None:
             self._task = loop.create_task(self._work())
         return future
@@ -212,6 +214,10 @@ class _Queue:
             while self._waiting:
                 many = min(len(self._waiting), _MAX_TOGETHER)
                 batch = [self._waiting.popleft() for _ in range(many)]
+                now = asyncio.get_running_loop().time()
+                late = [one for one in batch if one.deadline < now]
+                _fail(late, TimeoutError(f"its turn did not come within {TIMEOUT:g} s"))
+                batch = [one for one in batch if one.deadline >= now]
                 try:
                     await self._ask_all(batch)
                 except BaseException as exc:
@@ -223,6 +229,8 @@ class _Queue:
             self._task = None
 
     async def _ask_all(self, batch: Sequence[_Asked]) -> None:
+        if not batch:
+            return
         nodes = self._nodes()
         calls = _calls(batch)
         in_full = False
