@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -509,12 +510,26 @@ def test_interrupted_question_ends_at_once_and_nothing_is_done(workers: Workers)
     told = b""
     while b"go ahead?" not in told:
         told += os.read(controller, 4096)
+    wait_until_it_listens(process.pid)
 
     os.write(controller, b"\x03")
 
     assert process.wait(20) == 1
     os.close(controller)
     assert head_of(workers) == NOTHING
+
+
+def wait_until_it_listens(pid: int) -> None:
+    """Wait until a process that has asked sleeps, for want of an answer.
+
+    Between the question and that Python's readline does not hear a signal: it looks for one, and
+    then waits for input.
+    """
+    asleep, deadline = 0, time.monotonic() + 20
+    while asleep < 5 and time.monotonic() < deadline:
+        state = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.005)
 
 
 def test_interrupted_wait_says_that_it_is_published(workers: Workers) -> None:
