@@ -56,8 +56,8 @@ async def test_takes_go_on_by_themselves_after_the_primary_died(
     assert sentinels.primary is new is not old
     held = new.command("KEYS", "*")
     assert isinstance(held, list)
-    # But for what probes have left there for a millisecond.
-    assert [key for key in held if b"~probe" not in key] == [CHARGE.key.encode()]
+    # A bucket may be full again, and so gone; what a probe leaves is there for a millisecond.
+    assert {key for key in held if b"~probe" not in key} <= {CHARGE.key.encode()}
 
 
 @pytest.mark.fault("F3")
