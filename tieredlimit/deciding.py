@@ -264,6 +264,20 @@ class Deciding:
             return False
         return True
 
+    @staticmethod
+    async def _in_time(asked: Awaitable[Any], by: float) -> Any:
+        """Wait for what is asked, until an instant of `time.monotonic`.
+
+        Raises:
+            BackendError: That time is over. What was asked may run all the same.
+        """
+        try:
+            async with asyncio.timeout(by - time.monotonic()):
+                return await asked
+        except TimeoutError as exc:
+            late = "Redis did not answer in what was left of the decision's time"
+            raise BackendError(late) from exc
+
     def _changed(self, revision: Revision) -> None:
         self._denials.held.clear()
         self._shadows.forget()

@@ -330,7 +330,7 @@ class Limiter(Peeking, Reserving):
         """
         error: BackendError
         reply: Any  # a `Reply`, or a `Claimed`
-        at = 0
+        at, by = 0, 0.0
         arrived = time.monotonic()
         keep_us = 0 if settle_within is None else kept_us(settle_within)
         for _ in range(1 + _MOST_REDECISIONS):
@@ -340,19 +340,22 @@ class Limiter(Peeking, Reserving):
             if decision is not None:
                 return decision
             try:
-                if claim is not None:
-                    reply = await self._claim(charges, claim, stamp, times)
-                elif self._take_now is not None:
+                if claim is None and self._take_now is not None:
                     reply = self._take_now(charges)
-                elif self._comparing is None:
-                    reply = await self.backend.take(charges)
                 else:
-                    reply = await self._comparing.take(charges, stamp, times)
+                    if claim is not None:
+                        asked: Awaitable[Any] = self._claim(charges, claim, stamp, times)
+                    elif self._comparing is not None:
+                        asked = self._comparing.take(charges, stamp, times)
+                    else:
+                        asked = self.backend.take(charges)
+                    reply = await (self._in_time(asked, by) if by else asked)
             except StaleError as exc:
                 error = exc
+                by = arrived + self.patience
                 # By its own clock: the nodes of a cluster need not agree on the time.
                 at = exc.now if exc.why == "time" else 0
-                if not await self._catch_up(exc, arrived + self.patience):
+                if not await self._catch_up(exc, by):
                     break
                 if rematch is not None:
                     feature, cost = rematch()
