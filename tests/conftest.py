@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from hypothesis import settings
 
 from tests.clusters import RedisCluster, RedisSentinels
-from tests.servers import ACL_CHOICE, NoServerError, RedisServer, find_server, server_version
+from tests.servers import NoServerError, RedisServer, find_server, server_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ SERVER_FIXTURES = {
     *("redis_cluster", "cluster_url", "own_cluster", "sentinels"),
 }
 
-# Where TIEREDLIMIT_TEST_ACL is set these log in with an operator's rules beside a worker's.
+# These log in with an operator's rules beside a worker's, all others with a worker's alone.
 OPERATING = (
     *("tests.test_cli_", "tests.test_control", "tests.test_live", "tests.test_overrides"),
     "tests.test_hashed_ids",
@@ -37,6 +36,8 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 covered = pytest.StashKey[set[str]]()
+COVERED = "tieredlimit_covered"
+"""Where a process that shares the tests with others tells what it has covered."""
 
 
 @pytest.fixture(scope="session")
@@ -111,12 +112,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if os.environ.get(ACL_CHOICE) and isinstance(item, pytest.Function):
-        name = item.module.__name__
-        user = "operator" if name.startswith(OPERATING) else "worker"
-        # A test that makes users of its own says itself who logs in.
-        own = "ACL" in inspect.getsource(item.function) or name == "tests.test_acl"
-        RedisServer.login = "" if own else f"{user}:{user}@"
+    if isinstance(item, pytest.Function):
+        operates = item.module.__name__.startswith(OPERATING)
+        marker = item.get_closest_marker("login")
+        user = marker.args[0] if marker else "operator" if operates else "worker"
+        RedisServer.login = "" if user == "default" else f"{user}:{user}@"
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -125,6 +125,19 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     executed = reporter is None or any(reporter.stats.get(word) for word in ("passed", "xfailed"))
     if exitstatus == pytest.ExitCode.OK and not executed and not session.config.option.collectonly:
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    # Where several processes share the tests, each has collected all of them.
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None and covered in session.config.stash:
+        numbers: set[str] = session.config.stash[covered]
+        told[COVERED] = sorted(numbers)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    told = getattr(node, "workeroutput", {})
+    if COVERED in told:
+        numbers: set[str] = set(told[COVERED])
+        node.config.stash[covered] = numbers
 
 
 def pytest_terminal_summary(

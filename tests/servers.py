@@ -22,15 +22,30 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tieredlimit.acl import ROLES, rules
+from tieredlimit.acl import ROLES, Role, rules
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 CHOICE = "TIEREDLIMIT_TEST_SERVER"
-ACL_CHOICE = "TIEREDLIMIT_TEST_ACL"
 START_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
+
+_ROLES_OF: dict[str, tuple[Role, ...]] = {"worker": ("worker",), "operator": ROLES}
+# In every namespace that a test may choose, on one server or in a cluster.
+USERS = {
+    user: sorted(
+        {
+            rule
+            for role in roles
+            for cluster in (False, True)
+            for rule in rules(role, "*", cluster=cluster)
+            if rule[0] in "~&+"
+        }
+    )
+    for user, roles in _ROLES_OF.items()
+}
+"""The rules of each user that a server of ours knows beside the default one."""
 
 
 class NoServerError(Exception):
@@ -82,7 +97,7 @@ class RedisServer:
 
     Attributes:
         login: What URLs log in as, `user:password@`; empty for the default user. Every server has
-            the users `worker` and `operator` where `TIEREDLIMIT_TEST_ACL` is set.
+            the users `worker` and `operator`, with their name for a password.
     """
 
     login: ClassVar[str] = ""
@@ -198,12 +213,8 @@ class RedisServer:
         except StartError as exc:
             self.kill()
             raise StartError(f"{exc}. {self._binary} logged:\n{self.log[already:]}") from None
-        if os.environ.get(ACL_CHOICE):
-            for user, roles in (("worker", ("worker",)), ("operator", ROLES)):
-                # In every namespace that a test may choose, on one server or in a cluster.
-                of_roles = [rules(role, "*", cluster=c) for role in roles for c in (False, True)]
-                given = {rule for one in of_roles for rule in one if rule[0] in "~&+"}
-                self.command("ACL", "SETUSER", user, "on", f">{user}", "resetchannels", *given)
+        for user, given in USERS.items():
+            self.command("ACL", "SETUSER", user, "on", f">{user}", "resetchannels", *given)
 
     def _wait_until_ready(self) -> None:
         process = self._running()

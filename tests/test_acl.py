@@ -29,7 +29,7 @@ from tieredlimit.backends.control import ControlStore, control_store, shard_key
 from tieredlimit.cli import main
 from tieredlimit.errors import BackendError
 
-pytestmark = pytest.mark.redis
+pytestmark = [pytest.mark.redis, pytest.mark.login("default")]  # it makes users of its own
 
 URL, POOLED = object(), object()
 PASSWORD = "a-word-for-tests"

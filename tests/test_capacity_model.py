@@ -189,7 +189,7 @@ class Shared:
         self.url = server.url
         self.clock = Clock()
         self.redis = RedisBackend.from_url(server.url, clock=self.clock, timeout=30.0)
-        self.client = redis.Redis.from_url(server.url)
+        self.client = redis.Redis(port=server.port)
         self.run = runner.run
 
 

@@ -182,6 +182,7 @@ def test_close_reports_who_follows_what_was_admitted_and_how_to_undo_it(workers:
     assert (one.action, one.feature, one.who.tier, one.actor) == ("close", "video", "free", "ann")
 
 
+@pytest.mark.login("default")  # a URL with a password is not repeated
 def test_undo_line_of_the_report_undoes_it_in_the_same_place(workers: Workers) -> None:
     place = ["--namespace", TEAM, "--redis", workers.url]
     closed = run(workers, "close", "video", "--tier", "free", "--yes", *place)
@@ -194,6 +195,7 @@ def test_undo_line_of_the_report_undoes_it_in_the_same_place(workers: Workers) -
     assert head_of(workers).overrides == ()
 
 
+@pytest.mark.login("default")  # it gives this user a password
 def test_password_of_a_url_is_not_repeated(own_server: RedisServer) -> None:
     own_server.command("CONFIG", "SET", "requirepass", "geheim")
     url = own_server.url.replace("redis://", "redis://:geheim@")

@@ -139,6 +139,7 @@ def findings(told: Any) -> dict[str, tuple[str, str]]:
     return {one["name"]: (one["level"], one["told"]) for one in listed}
 
 
+@pytest.mark.login("default")  # it reads the configuration
 def test_doctor_of_a_test_server_finds_its_weaknesses(redis_url: str) -> None:
     result = run(Workers(redis_url), "doctor")
 
@@ -150,6 +151,7 @@ def test_doctor_of_a_test_server_finds_its_weaknesses(redis_url: str) -> None:
     assert result.stdout.splitlines()[-1] == "4 weaknesses"
 
 
+@pytest.mark.login("default")  # it reads the configuration
 def test_doctor_is_content_with_a_sound_server(own_server: RedisServer) -> None:
     own_server.command("CONFIG", "SET", "appendonly", "yes")
     own_server.command("SET", "tl:{team}:layout", "format 1, shards 3")
@@ -193,6 +195,7 @@ def test_doctor_sees_a_head_that_cannot_be_read(redis_url: str, redis_server: Re
     assert "weakness  revision: Redis holds what is no revision" in result.stdout
 
 
+@pytest.mark.login("default")  # it makes a user of its own
 def test_doctor_names_what_the_user_may_not(own_server: RedisServer) -> None:
     own_server.command(
         "ACL", "SETUSER", "ops", "on", ">x", "~*", "&*", "+@all", "-config", "-publish", "-script"
@@ -214,6 +217,7 @@ def test_doctor_leaves_nothing_behind(redis_url: str, redis_server: RedisServer)
     assert 0 < int(str(redis_server.command("PTTL", "tl1:{team:0}:doctor"))) <= 1000 or left == []
 
 
+@pytest.mark.login("default")  # it reads the configuration
 def test_doctor_looks_at_every_primary_of_a_cluster(cluster_url: str) -> None:
     told = as_json(Workers(cluster_url), "doctor", code=5)
 

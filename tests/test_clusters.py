@@ -35,7 +35,8 @@ def set_keys(cluster: RedisCluster) -> int:
 def test_every_slot_has_an_owner_and_every_key_one_place(
     redis_cluster: RedisCluster, cluster_url: str
 ) -> None:
-    assert cluster_url == "redis+cluster://{}:{}".format(*redis_cluster.startup)
+    host, port = redis_cluster.startup
+    assert cluster_url == f"redis+cluster://{RedisServer.login}{host}:{port}"
     assert len(redis_cluster.nodes) == 6
     edges = [redis_cluster.owner_of_slot(slot) for slot in (0, SLOTS // 2, SLOTS - 1)]
     assert set(edges) == set(redis_cluster.masters)

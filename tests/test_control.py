@@ -656,17 +656,20 @@ class TestHostileContents:
 @pytest.mark.redis
 class TestWatch:
     @pytest.mark.fault("G1")
-    async def test_news_is_heard_without_a_poll(self, redis_url: str, other: ControlStore) -> None:
+    async def test_news_is_heard_without_a_poll(
+        self, redis_server: RedisServer, redis_url: str, other: ControlStore
+    ) -> None:
         store = at(redis_url, poll=None)
         async with watching(store) as ear:
             await ear.hears(0)
-            await subscribed(other)
+            await subscribed(redis_server)
             for number in (1, 2, 3):
                 await publish(other, 1)
                 await ear.hears(number)
         await store.close()
 
     @pytest.mark.fault("G1")
+    @pytest.mark.login("default")  # it takes a right away
     async def test_poll_finds_what_no_news_told(
         self, own_server: RedisServer, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -690,7 +693,7 @@ class TestWatch:
         await publish(other, 3)
         async with watching(store) as ear:
             await ear.hears(3)
-            await subscribed(other)
+            await subscribed(redis_server)
             for news in ("2", "3", "3", "1", "99", "x", "", "\x00" * 1000):
                 redis_server.command("PUBLISH", PREFIX + "news", news)
             await publish(other, 1)
@@ -767,7 +770,7 @@ class TestWatch:
             store = at(proxy.url, poll=None)
             async with watching(store) as ear:
                 await ear.hears(0)
-                await subscribed(other)
+                await subscribed(redis_server)
                 before = proxy.connections
                 proxy.flow.clear()  # and nothing is ever heard on what is connected
                 async with asyncio.timeout(PATIENCE):
@@ -787,11 +790,10 @@ class TestWatch:
             await store.watch(heard)
 
 
-async def subscribed(store: ControlStore) -> None:
+async def subscribed(server: RedisServer) -> None:
     """Return once somebody is subscribed to the news."""
-    assert isinstance(store, RedisControl)
     async with asyncio.timeout(PATIENCE):
-        while (await store._sessions.nodes().ask(HEAD, "PUBSUB", "NUMSUB", PREFIX + "news"))[1] < 1:
+        while await asyncio.to_thread(server.command, "PUBSUB", "CHANNELS", PREFIX + "news") == []:
             pass
 
 
@@ -916,6 +918,7 @@ class TestReplicas:
         assert published.replicas == 0
         assert not any(command.startswith("WAIT") for command in commands)
 
+    @pytest.mark.login("default")  # it takes a right away
     async def test_user_that_may_not_ask_counts_none(self, own_server: RedisServer) -> None:
         own_server.command("ACL", "SETUSER", "default", "-info")
         store = at(own_server.url)

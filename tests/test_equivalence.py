@@ -107,7 +107,7 @@ def shared(redis_server: RedisServer) -> Iterator[Shared]:
     steps=steps,
 )
 @settings(
-    max_examples=2_000,
+    max_examples=500,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -235,6 +235,7 @@ async def test_of_what_is_sent_after_a_closure_nothing_is_let_in(
 
 
 @pytest.mark.fault("G1")
+@pytest.mark.login("default")  # it takes a right away
 async def test_nor_where_no_worker_hears_the_news(own_server: RedisServer, tmp_path: Path) -> None:
     own_server.command("ACL", "SETUSER", "app", "on", ">word", "~*", "+@all", "resetchannels")
     redis = own_server.url.replace("redis://", "redis://app:word@")
@@ -266,6 +267,7 @@ async def test_nor_on_a_cluster(
     check_others(load)
 
 
+@pytest.mark.login("operator")
 async def test_the_command_itself_closes_and_opens(redis_url: str, tmp_path: Path) -> None:
     said: list[str] = []
 

@@ -103,6 +103,7 @@ class TestRecord:
 
             assert redis_server.command("GET", "tl:{team}:layout") == ALL["team"]
 
+    @pytest.mark.login("default")  # it takes a right away
     async def test_user_who_may_not_touch_the_record_is_served(
         self, own_server: RedisServer, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -127,6 +128,7 @@ ALL = {
 
 
 class TestRecordOnACluster:
+    @pytest.mark.login("default")  # it takes a right away
     async def test_user_who_may_neither_load_scripts_nor_touch_the_record_is_served(
         self, own_cluster: RedisCluster, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -934,7 +934,8 @@ class NeverAgain(AlwaysStale):
     ) -> Reply:
         if self.takes:
             self.takes += 1
-            return await asyncio.get_running_loop().create_future()
+            never: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            return await never
         return await super().take(charges, stamp, times)
 
 

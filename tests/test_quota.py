@@ -197,13 +197,13 @@ def test_accepted_quotas_stay_exact_in_a_double(
 
 @pytest.mark.fault("A9")
 @pytest.mark.parametrize("text", ODD_RATES)
-def test_a_million_takes_keep_to_the_stated_interval(text: str) -> None:
+def test_a_million_takes_of_odd_rates_keep_to_the_stated_interval(text: str) -> None:
     bucket = quota(text)
     start = now = 1_800_000_000_000_000
     full_at: int | None = None
     takes = 0
 
-    for _ in range(1_000_000):
+    for _ in range(1_000_000 // len(ODD_RATES)):
         candidate = debit(bucket, settle_instant(full_at, now, bucket.clamp_us), now, 1)
         if candidate is None:
             # The first instant at which one more fits: not a microsecond is lost in between.

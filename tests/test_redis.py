@@ -260,6 +260,7 @@ class TestCapacityRoundTrips:
 class TestCapacityWithoutAccess:
     @pytest.mark.fault("F4", "F7")
     @pytest.mark.parametrize("denied", ["-zcard", "-get", "-time"])
+    @pytest.mark.login("default")  # it takes a right away
     async def test_take_whose_parts_may_not_be_read_charges_nothing(
         self, own_server: RedisServer, denied: str
     ) -> None:
@@ -307,6 +308,7 @@ class TestLostScript:
         await backend.close()
 
     @pytest.mark.fault("F2", "F4")
+    @pytest.mark.login("default")  # it takes a right away
     async def test_user_who_may_not_load_scripts_is_served_all_the_same(
         self, own_server: RedisServer, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -443,6 +445,7 @@ class TestWhatStandsUnderOurKeys:
         assert redis_server.command("GET", bad.key) == b"abc"
 
     @pytest.mark.fault("F4", "F7")
+    @pytest.mark.login("default")  # it takes a right away
     async def test_user_who_may_not_read_is_told_so_and_nothing_is_written(
         self, own_server: RedisServer
     ) -> None:
@@ -718,6 +721,7 @@ class TestOutages:
         await backend.close()
 
     @pytest.mark.fault("F4")
+    @pytest.mark.login("default")  # it gives this user a password
     async def test_missing_password_is_an_error_and_the_right_one_is_served(
         self, own_server: RedisServer
     ) -> None:

@@ -22,6 +22,7 @@ from tests.faults.scenes import (
     one_server,
     sentinels,
 )
+from tests.servers import RedisServer
 
 POLL_SECONDS = 0.005
 DEADLINE_SECONDS = 20.0
@@ -253,13 +254,22 @@ def _dump_of(scene: Scene) -> Path:
 
 
 async def _ask_for_password(scene: Scene) -> None:
-    await scene.tell("ACL", "SETUSER", "default", "resetpass", f">{PASSWORD}")
+    user, _ = _login()
+    await scene.tell("ACL", "SETUSER", user, "resetpass", f">{PASSWORD}")
     # Who is connected already need not show it.
     await scene.tell_as_operator("CLIENT", "KILL", "TYPE", "normal")
 
 
 async def _ask_for_none(scene: Scene) -> None:
-    await scene.tell_as_operator("ACL", "SETUSER", "default", "nopass")
+    user, password = _login()
+    ours = ("resetpass", f">{password}") if password else ("nopass",)
+    await scene.tell_as_operator("ACL", "SETUSER", user, *ours)
+
+
+def _login() -> tuple[str, str]:
+    """Return the user that the scenes log in as, and the password, "" for none."""
+    user, _, password = RedisServer.login.rstrip("@").partition(":")
+    return user or "default", password
 
 
 async def _spoil_keys(scene: Scene) -> None:
