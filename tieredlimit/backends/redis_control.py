@@ -6,6 +6,7 @@ Scripts are sent in full each time: what runs this seldom need not know whether 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import files
 
 from redis.exceptions import ResponseError
@@ -144,10 +145,10 @@ class RedisControl:
             return head
         again = repaired(newer_of(head, revision), shard_number, await self.now())
         async with self._sessions.own_nodes() as nodes:
-            try:
-                return (await self._publish(nodes, again, head)).revision
-            except ConflictError:  # somebody else did
-                return await self.head()
+            with suppress(ConflictError):  # somebody else did
+                await self._publish(nodes, again, head)
+        # Another's repair has the same content and digest, but an instant of its own.
+        return await self.head()
 
     async def beat(self, heartbeat: Heartbeat) -> None:
         """Note that a worker lives; as `ControlStore.beat`."""
