@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import fastapi.routing
+import flask
 import flask_limiter._extension
+import httpx
 import limits.storage.memory
 import pyrate_limiter
 import pyrate_limiter.clocks
 import pytest
 import redis.asyncio
 import slowapi.extension
+from a2wsgi import WSGIMiddleware
 from asgiref.wsgi import WsgiToAsgi
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi_limiter.depends import RateLimiter
 from flask import Flask
 from slowapi.middleware import SlowAPIASGIMiddleware, SlowAPIMiddleware
 
 from tests.coming_from import (
-    KEY,
     SECOND_US,
     Page,
     answers,
@@ -37,6 +39,7 @@ from tests.coming_from import (
 )
 from tests.contract import Clock
 from tests.servers import Monitor, RedisServer
+from tests.serving import serve
 from tieredlimit import Account, Limiter, Policy, TieredLimitMiddleware
 from tieredlimit.backends import MemoryBackend
 from tieredlimit.cli import main
@@ -47,7 +50,7 @@ FASTAPI_LIMITER = Page("fastapi-limiter")
 FLASK = Page("flask-limiter")
 ALL = [INDEX, SLOWAPI, FASTAPI_LIMITER, FLASK, Page("django-ratelimit")]
 NOWHERE = "redis://127.0.0.1:1/0"
-as_asgi: Any = WsgiToAsgi  # it has no types
+as_asgi: Any = WSGIMiddleware  # its types know no others of WSGI and ASGI
 
 # Newer versions of FastAPI keep included routers in `app.routes` as what they are.
 NESTED = hasattr(fastapi.routing, "iter_route_contexts")
@@ -270,7 +273,7 @@ def slow_app(
     if middleware is not None:
         app.add_middleware(middleware)
 
-    async def video(request: Request) -> dict[str, str]:
+    async def video(request: Request, response: Response) -> dict[str, str]:
         return {}
 
     decorated = video
@@ -548,7 +551,9 @@ def test_pyrate_limiter_has_no_rate_of_zero() -> None:
         pyrate_limiter.Rate(0, pyrate_limiter.Duration.MINUTE)
 
 
-async def test_fastapi_limiter_answers_500_once_redis_is_gone(own_server: RedisServer) -> None:
+async def test_fastapi_limiter_keeps_its_key_for_ever_and_answers_500_once_redis_is_gone(
+    own_server: RedisServer,
+) -> None:
     client = redis.asyncio.Redis.from_url(own_server.url)
     some = [pyrate_limiter.Rate(5, pyrate_limiter.Duration.MINUTE)]
     bucket = await pyrate_limiter.RedisBucket.init(some, client, "images")
@@ -557,12 +562,14 @@ async def test_fastapi_limiter_answers_500_once_redis_is_gone(own_server: RedisS
     app.post("/images", dependencies=[Depends(RateLimiter(limiter=limiter))])(nothing)
 
     served = await statuses(app, "/images")
+    lasts = own_server.command("TTL", "images")
     own_server.kill()
     down = await statuses(app, "/images")
     limiter.close()
     await client.aclose()
 
     assert (served, down) == ([200], [500])
+    assert lasts == -1, "the page says that its key has no expiry"
 
 
 # Flask-Limiter
@@ -649,14 +656,17 @@ async def test_flask_limiter_calls_redis_once_for_each_limit(redis_url: str) -> 
     assert await evaluated(app, redis_url) == 2
 
 
-@pytest.mark.parametrize(("context", "at_once"), [("without", 1), ("with", 2)])
-async def test_flask_requests_share_a_thread_unless_each_has_a_context(
-    at_page: Callable[[Page], Page], by_clock: Clock, context: str, at_once: int
+@pytest.mark.parametrize(
+    ("adapter", "at_once", "patience"), [("asgiref", 1, 0.2), ("the page's", 2, 20.0)]
+)
+async def test_flask_requests_run_beside_each_other_and_not_in_the_thread_of_asgiref(
+    at_page: Callable[[Page], Page], by_clock: Clock, adapter: str, at_once: int, patience: float
 ) -> None:
+    to_asgi: Any = WsgiToAsgi  # it has no types
     here = at_page(FLASK).run("Flask as it is")
-    meeting = Meeting()
+    meeting = Meeting(patience)
     here["flask"].post("/meet")(meeting.hold)
-    app = here["app"] if context == "with" else as_asgi(here["flask"])
+    app = to_asgi(here["flask"]) if adapter == "asgiref" else here["app"]
 
     met = await asyncio.gather(*(statuses(app, "/meet") for _ in range(2)))
 
@@ -665,10 +675,11 @@ async def test_flask_requests_share_a_thread_unless_each_has_a_context(
 
 
 class Meeting:
-    """Let two requests run into each other, if they can."""
+    """Let two requests run into each other, if they can; each waits so many seconds for another."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
         self.most = 0
+        self._patience = patience
         self._inside = 0
         self._lock = threading.Lock()
         self._let_go = threading.Event()
@@ -679,8 +690,7 @@ class Meeting:
             self.most = max(self.most, self._inside)
             if self._inside == 2:
                 self._let_go.set()
-        # Alone, nobody else can come in meanwhile: then it is over soon.
-        self._let_go.wait(0.2)
+        self._let_go.wait(self._patience)
         with self._lock:
             self._inside -= 1
         return {}
@@ -709,16 +719,42 @@ async def test_flask_as_it_is_says_how_much_is_left(
         assert answer.headers["ratelimit"] == '"image-minute";r=4;t=12'
 
 
+async def test_flask_as_it_is_runs_under_a_real_server_and_sees_what_was_decided(
+    at_page: Callable[[Page], Page], by_clock: Clock
+) -> None:
+    page = at_page(FLASK)
+    (looked_up,) = re.findall(r"^`(request\.environ.*)`\.$", page.text, re.MULTILINE)
+    here = page.run("Flask as it is")
+    left: list[int] = []
+    here["flask"].before_request(lambda: left.append(eval(looked_up, {"request": flask.request})))
+
+    # One connection that is kept, and bodies: not all adapters survive the two.
+    with serve(here["app"]) as url:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            seen = [(await client.post("/images", content=b"a cat")).status_code for _ in range(6)]
+
+    assert seen == [200] * 5 + [429]
+    assert left == [4, 3, 2, 1, 0]
+
+
 async def test_what_clients_notice_of_fields_is_as_the_index_says(
     at_page: Callable[[Page], Page], by_clock: Clock
 ) -> None:
-    for page, labels in ((SLOWAPI, ("before",)), (FASTAPI_LIMITER, ("before",))):
-        (answer,) = await answers(at_page(page).run(*labels)["app"], "/images")
-        assert not [name for name in answer.headers if "ratelimit" in name]
-
+    told, silent = (
+        [
+            slow_app("5/minute", headers_enabled=True)[0],
+            flask_app("5/minute", headers_enabled=True),
+        ],
+        [slow_app("5/minute")[0], flask_app("5/minute")],
+    )
     after = at_page(SLOWAPI).run("after")
     ours = TieredLimitMiddleware(
-        after["app"], limiter=after["limiter"], identify=None, legacy_fields=True
+        after["app"], limiter=Limiter(after["limiter"].policy), legacy_fields=True
     )
-    (answer,) = await answers(ours, "/images", headers=KEY)
-    assert answer.headers["x-ratelimit-remaining"] == "4"
+
+    left = [
+        (await answers(app, path))[0].headers.get("x-ratelimit-remaining")
+        for app, path in [(app, "/videos") for app in (*told, *silent)] + [(ours, "/images")]
+    ]
+
+    assert left == ["4", "4", None, None, "4"]
