@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import json
 import random
 import re
 import socket
@@ -164,6 +165,10 @@ async def test_table_of_the_page_holds_every_denial_and_no_other() -> None:
     seen = {(a.status_code, d.reason, "retry-after" in a.headers) for d, a in answers}
     assert seen == told
     assert {a.media_type for _, a in answers} == {"application/problem+json"}
+    types = dict(re.findall(r"^\| `([a-z]+:\S+)` \| (`[^|]*`) \| [^|]*\|$", PAGE, re.MULTILINE))
+    assert {(json.loads(bytes(a.body))["type"], d.reason) for d, a in answers} == {
+        (kind, reason) for kind in types for reason in re.findall(r"`(\w+)`", types[kind])
+    }
 
 
 async def test_fields_of_the_page_are_what_the_api_sends(api: Api, url: str) -> None:
