@@ -111,6 +111,14 @@ def block(label: str, **given: Any) -> dict[str, Any]:
     return given
 
 
+def test_page_has_no_code_but_what_the_tests_run() -> None:
+    labels = {label for label in BLOCKS if label.startswith("# ")}
+    fences = re.findall(r"^```(.+)$", PAGE, re.MULTILINE)
+
+    assert labels == {"# where you stand", "# requests", "# openai", "# the field"}
+    assert sorted(fences) == ["http"] + ["python"] * 5
+
+
 # What an answer says
 
 

@@ -172,6 +172,21 @@ def test_every_policy_and_link_of_a_page_leads_somewhere(page: Page) -> None:
         assert not anchor or anchor in known, (target, anchor)
 
 
+def test_pages_have_no_code_but_what_the_tests_run() -> None:
+    run = {
+        "index": set(),
+        "slowapi": {"before", "after", "the old body"},
+        "fastapi-limiter": {"before", "after"},
+        "flask-limiter": {"before", "Flask as it is", "Quart"},
+        "django-ratelimit": {"before", "the view", "asgi.py", "the user"},
+    }
+
+    assert {page.name: set(page.code) for page in ALL} == run
+    for page in ALL:
+        fences = re.findall(r"^```(.+)$", page.text, re.MULTILINE)
+        assert len(fences) == len(page.code) + len(page.policies), page.name
+
+
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 def test_routes_quotas_and_commands_in_the_text_of_a_page_are_such(page: Page) -> None:
     spans = [span.replace("\\|", "|") for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.text)]
