@@ -16,6 +16,7 @@ from starlette.requests import HTTPConnection
 from tests.fuzzing import FoundError, Fuzz
 from tests.test_limiter import PATIENT, Clock, Spy
 from tests.test_middleware import Recorder, behind, plain, policy, run
+from tests.servers import RedisServer
 from tieredlimit import Account, Limiter, UsageError
 from tieredlimit._core.messages import choose
 from tieredlimit.backends import MemoryBackend, RedisBackend
@@ -544,7 +545,9 @@ def test_a_flood_while_the_clock_goes_back_lets_nobody_in_again(steps: list[int]
 
 
 @pytest.mark.fault("C6", "C7")
-async def test_a_flood_of_ids_leaves_redis_with_keys_that_all_expire(redis_url: str) -> None:
+async def test_a_flood_of_ids_leaves_redis_with_keys_that_all_expire(
+    redis_server: RedisServer, redis_url: str
+) -> None:
     async with Limiter(FLOODED, RedisBackend.from_url(redis_url, timeout=PATIENT)) as limiter:
         ann = Account("ann", plan="pro")
         for _ in range(2):
@@ -556,7 +559,7 @@ async def test_a_flood_of_ids_leaves_redis_with_keys_that_all_expire(redis_url: 
             )
 
         assert (await limiter.take(ann, "image")).reason == "quota"
-    client = _client(redis_url)
+    client = _client(redis_server.port)
     try:
         buckets = [key async for key in client.scan_iter(match="*:image:*", count=1_000)]
         lives = [await client.pttl(key) for key in buckets]
@@ -567,7 +570,7 @@ async def test_a_flood_of_ids_leaves_redis_with_keys_that_all_expire(redis_url: 
     assert max(map(len, buckets)) < 200
 
 
-def _client(url: str) -> Any:
+def _client(port: int) -> Any:
     from redis.asyncio import Redis  # here, for its types are none of ours
 
-    return Redis.from_url(url)
+    return Redis(port=port)

@@ -180,7 +180,8 @@ class TestSpread:
     ) -> None:
         limiter = Limiter(POLICY, ClusterBackend(cluster_url, timeout=PATIENT), shards=64)
         accounts = [Account(f"u{i}", within={"org": f"o{i % 100}"}) for i in range(600)]
-        await limiter.open()
+        # From here on every node knows the script.
+        await asyncio.gather(*(limiter.take(one, "image", 0) for one in accounts))
         monitors = [Monitor(node.url) for node in redis_cluster.masters]
         for monitor in monitors:
             await monitor.__aenter__()

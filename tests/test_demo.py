@@ -146,6 +146,7 @@ def test_the_table_fits_into_100_columns(in_memory: Finished) -> None:
     assert max(len(line) for line in in_memory.out.splitlines()) <= 100
 
 
+@pytest.mark.login("default")  # it looks for what it has left there, and removes it
 def test_runs_on_one_redis_do_not_disturb_each_other(
     redis_server: RedisServer, redis_url: str
 ) -> None:

@@ -14,6 +14,8 @@ from tests import servers
 from tests.conftest import FAULTS, _server, read_faults
 from tests.servers import Monitor, NoServerError, RedisServer, StartError, find_server
 
+pytestmark = pytest.mark.login("default")  # they do what no limiter does
+
 
 def client_of(server: RedisServer, timeout: float = 5.0) -> redis.Redis:
     return redis.Redis.from_url(
