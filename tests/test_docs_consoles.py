@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
+
 import pytest
 
+from tests import fences
 from tests.consoles import SCENES, Scene, alike, blocks, exit_code, stage, steps
+from tieredlimit import Account, Limiter
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.page)
@@ -29,3 +34,19 @@ def test_what_differs_from_run_to_run_is_alike_and_what_counts_is_not() -> None:
     assert alike(one) == alike(other)
     for word, wrong in (("revision 4", "revision 5"), ("3/3", "2/3"), ("workers", "worker")):
         assert alike(one) != alike(other.replace(word, wrong))
+
+
+async def test_denial_of_the_handbook_is_what_a_client_of_a_new_account_gets() -> None:
+    (shown,) = [block for block in fences.blocks("docs/handbook.md") if block.language == "http"]
+    policy = next(b for b in fences.blocks("docs/handbook.md") if b.language == "toml")
+    limiter = Limiter(tomllib.loads(policy.text))
+    await limiter.control.close("video", tier="new", message="Video is paused for new accounts.")
+
+    denial = (await limiter.take(Account("nova", plan="free"), "video")).response()
+
+    head, _, body = shown.text.partition("\n\n")
+    status, *fields = head.splitlines()
+    sent = {f"{name.decode()}: {value.decode()}" for name, value in denial.raw_headers}
+    assert status == f"HTTP/1.1 {denial.status_code} Forbidden"
+    assert set(fields) <= sent
+    assert json.loads(body) == json.loads(denial.document()[1])

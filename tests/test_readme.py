@@ -108,12 +108,12 @@ def test_commands_of_the_readme_succeed(folder: Path, redis_url: str) -> None:
 
 
 @contextmanager
-def worker(redis_url: str) -> Iterator[None]:
+def worker(redis_url: str, namespace: str = "default") -> Iterator[None]:
     """Let one worker follow, in an event loop and a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    limiter = Limiter("policy.toml", redis_url)
+    limiter = Limiter("policy.toml", redis_url, namespace=namespace)
     asyncio.run_coroutine_threadsafe(limiter.open(), loop).result()
     try:
         yield
