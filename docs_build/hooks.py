@@ -163,7 +163,8 @@ def _written_out(nav: list[Any], names: list[str], named: set[str]) -> list[Any]
             written += [{title: inside}] if inside else []
         elif "*" in what:
             # In the order of the files: an index first, then by name; what is made, as it is made.
-            written += [one for one in fnmatch.filter(names, what) if one not in named]
+            found = [one for one in fnmatch.filter(names, what) if one not in named]
+            written += [{modules.title(one): one} if modules.title(one) else one for one in found]
         elif not what.endswith("?"):
             written.append(entry)
         elif (page := what.removesuffix("?")) in names:

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "tieredlimit"
+PLACE = "reference/api"
 FIRST = ("", "identity", "request", "control", "leases", "backends", "errors", "testing")
 """What stands at the top, below the package; a module that is not there is left out."""
 
@@ -26,6 +27,12 @@ def pages() -> dict[str, str]:
     return {place(name): _page(name) for name in public_modules()}
 
 
+def title(page: str) -> str:
+    """Return what navigation calls a module's page, "" for another page: the name without ours."""
+    place_, _, name = page.removesuffix(".md").rpartition("/")
+    return name if place_ == PLACE else ""
+
+
 def public_names(module: str) -> list[str]:
     """Return what `__all__` of a module lists."""
     tree = ast.parse(_file_of(module.partition(".")[2]).read_text("utf-8"))
@@ -38,7 +45,7 @@ def public_names(module: str) -> list[str]:
 
 def place(module: str) -> str:
     """Return the place of a module's page on the site."""
-    return f"reference/api/{module.partition('.')[2] or module}.md"
+    return f"{PLACE}/{module.partition('.')[2] or module}.md"
 
 
 def _page(module: str) -> str:

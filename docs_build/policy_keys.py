@@ -61,9 +61,9 @@ def _section(schema: _Node, name: str, where: str) -> str:
     if where == "table":
         node = next(one for one in node["anyOf"] if one.get("type") == "object")
     needed = set(node.get("required", ()))
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    rows = ["| key | value | meaning |", "|---|---|---|"]
     rows += [
-        f"| `{key}` | {_value(schema, one)} | {_default(one, key in needed)} "
+        f"| `{key}` | {_value(schema, one)}{_default(one, key in needed)} "
         f"| {_meaning(schema, one)} |"
         for key, one in node["properties"].items()
     ]
@@ -119,8 +119,8 @@ _NAMED = {
 
 def _default(node: _Node, needed: bool) -> str:
     if needed:
-        return "needed"
-    return f"`{json.dumps(node['default'])}`" if "default" in node else ""
+        return "; **needed**"
+    return f"; default `{json.dumps(node['default'])}`" if "default" in node else ""
 
 
 def _meaning(schema: _Node, node: _Node) -> str:

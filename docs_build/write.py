@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from docs_build import policy_keys
+from docs_build import commands, policy_keys
 from examples import bucket_picture, pool_picture, slot_picture, tier_picture
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 def made() -> dict[str, str]:
     """Return what code makes, by its path below `docs/`."""
     return {
+        "reference/commands.md": commands.page(),
         "reference/policy-keys.md": policy_keys.page(),
         "bucket.svg": bucket_picture.drawn(asyncio.run(bucket_picture.play())),
         "pool.svg": pool_picture.drawn(*asyncio.run(pool_picture.play())),
