@@ -32,6 +32,7 @@ from click.testing import CliRunner
 
 from tests import test_readme
 from tests.fences import ROOT, Block, blocks, pages
+from tests.servers import RedisServer
 from tieredlimit import Policy
 from tieredlimit._core.overlay import overlay
 from tieredlimit.cli import main
@@ -238,6 +239,24 @@ KNOWN_PROGRAMS: Mapping[str, Callable[[list[str]], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install 'tieredlimit[nope]'",
+        "pip install no-such-package-anywhere",
+        "scripts/nope",
+        "frobnicate --now",
+        "python -m nowhere_at_all",
+        "curl https://api.example/v1/images",
+        "tieredlimit check nowhere.toml",
+        "tieredlimit frobnicate",
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_command_that_cannot_be_run_is_told(line: str) -> None:
+    assert _played(shlex.split(line))
+
+
 @pytest.mark.parametrize("block", mine("json"), ids=str)
 def test_json_of_a_page_is_json(block: Block) -> None:
     try:
@@ -301,6 +320,24 @@ def test_manifests_of_the_deployment_fit_together() -> None:
     )
     grace = int(container["command"][-1])
     assert grace + 5 < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.redis
+def test_server_takes_the_configuration_of_the_deployment() -> None:
+    (shown,) = [
+        block.text
+        for block in mine("text")
+        if block.page == "docs/deployment.md" and "maxmemory-policy" in block.text
+    ]
+    options = dict(line.split(" ", 1) for line in shown.splitlines())
+    flat = [word for name, value in options.items() for word in (f"--{name}", value)]
+
+    with RedisServer(*flat) as server:
+        told = [str(server.command("CONFIG", "GET", name)) for name in options]
+
+    options["maxmemory"] = str(1 << 30)
+    for (name, value), answer in zip(options.items(), told, strict=True):
+        assert f"b'{name}': b'{value}'" in answer
 
 
 @pytest.mark.parametrize("block", mine("promql"), ids=str)
