@@ -27,7 +27,7 @@ SERVER_FIXTURES = {
 # These log in with an operator's rules beside a worker's, all others with a worker's alone.
 OPERATING = (
     *("tests.test_cli_", "tests.test_control", "tests.test_live", "tests.test_overrides"),
-    "tests.test_hashed_ids",
+    *("tests.test_hashed_ids", "tests.test_docs_", "tests.test_readme"),
 )
 
 settings.register_profile("default", deadline=None, derandomize=False, print_blob=True)

@@ -14,6 +14,7 @@ from tieredlimit import Account, Limiter
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.page)
 def test_commands_of_a_page_print_what_it_shows(scene: Scene, redis_url: str) -> None:
+    # As an administrator, whom no ACL keeps from the configuration: doctor shows it.
     played = [step for block in blocks(scene.text) for step in steps(block)]
 
     with stage(redis_url, scene) as night:
