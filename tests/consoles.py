@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import re
 import shlex
 import tempfile
@@ -361,5 +360,4 @@ def main_() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.pop("TIEREDLIMIT_TEST_ACL", None)
     main_()

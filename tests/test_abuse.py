@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
 from tests.fuzzing import FoundError, Fuzz
+from tests.servers import RedisServer
 from tests.test_limiter import PATIENT, Clock, Spy
 from tests.test_middleware import Recorder, behind, plain, policy, run
-from tests.servers import RedisServer
 from tieredlimit import Account, Limiter, UsageError
 from tieredlimit._core.messages import choose
 from tieredlimit.backends import MemoryBackend, RedisBackend

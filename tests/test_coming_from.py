@@ -350,8 +350,8 @@ async def test_tieredlimit_without_redis_gives_the_outage_answer() -> None:
     assert seen == [200] * 6
 
 
+@pytest.mark.login("default")  # the peer's commands are not ours
 async def test_slowapi_calls_redis_once_for_each_limit_and_tieredlimit_once(redis_url: str) -> None:
-    # The peer's commands are not those of our ACL.
     policy = {
         "features": {"video": {"routes": ["POST /videos"]}},
         "tiers": {"all": {"quotas": {"video": ["10/hour", "100/day"]}}},
@@ -375,10 +375,10 @@ async def evaluated(app: Any, redis_url: str) -> int:
         return sum(line.startswith(("EVALSHA ", "FCALL ")) for line in await monitor.commands())
 
 
+@pytest.mark.login("default")  # the peer's commands are not ours
 async def test_slowapi_waits_for_redis_on_the_event_loop(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The peer's commands are not those of our ACL.
     app, limiter = slow_app("10/hour", storage_uri=redis_url)
     threads = []
     hit = limiter.limiter.hit
@@ -568,10 +568,10 @@ def test_pyrate_limiter_has_no_rate_of_zero() -> None:
         pyrate_limiter.Rate(0, pyrate_limiter.Duration.MINUTE)
 
 
+@pytest.mark.login("default")  # the peer's commands are not ours
 async def test_fastapi_limiter_keeps_its_key_for_ever_and_answers_500_once_redis_is_gone(
     own_server: RedisServer,
 ) -> None:
-    # The peer's commands are not those of our ACL.
     client = redis.asyncio.Redis.from_url(own_server.url)
     some = [pyrate_limiter.Rate(5, pyrate_limiter.Duration.MINUTE)]
     bucket = await pyrate_limiter.RedisBucket.init(some, client, "images")
@@ -668,8 +668,8 @@ async def test_flask_limiter_without_redis_answers_500_unless_told_otherwise() -
     assert await statuses(falling, "/videos", 6) == [200] * 5 + [429]
 
 
+@pytest.mark.login("default")  # the peer's commands are not ours
 async def test_flask_limiter_calls_redis_once_for_each_limit(redis_url: str) -> None:
-    # The peer's commands are not those of our ACL.
     app = flask_app("10/hour;100/day", storage_uri=redis_url)
 
     assert await evaluated(app, redis_url) == 2

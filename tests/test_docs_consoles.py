@@ -12,9 +12,9 @@ from tests.consoles import SCENES, Scene, alike, blocks, exit_code, stage, steps
 from tieredlimit import Account, Limiter
 
 
+@pytest.mark.login("default")  # doctor shows what an administrator sees of the configuration
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.page)
 def test_commands_of_a_page_print_what_it_shows(scene: Scene, redis_url: str) -> None:
-    # As an administrator, whom no ACL keeps from the configuration: doctor shows it.
     played = [step for block in blocks(scene.text) for step in steps(block)]
 
     with stage(redis_url, scene) as night:

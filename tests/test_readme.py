@@ -87,7 +87,6 @@ async def test_denial_of_the_readme_is_what_a_client_sees(folder: Path) -> None:
     assert json.loads(body) == json.loads(denial.document()[1])
 
 
-@pytest.mark.login("operator")
 def test_commands_of_the_readme_succeed(folder: Path, redis_url: str) -> None:
     lines = [line for block in blocks(README, "console") for line in block.splitlines()]
     commands = [line.removeprefix("$ tieredlimit ") for line in lines if "$ tieredlimit" in line]
