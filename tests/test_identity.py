@@ -12,6 +12,14 @@ import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from litestar import Litestar, get
+from litestar import Request as LitestarRequest
+from litestar.connection import ASGIConnection
+from litestar.middleware import (
+    AbstractAuthenticationMiddleware,
+    AuthenticationResult,
+    DefineMiddleware,
+)
 from starlette.applications import Starlette
 from starlette.authentication import (
     AuthCredentials,
@@ -22,6 +30,7 @@ from starlette.authentication import (
 )
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
@@ -37,12 +46,13 @@ from tieredlimit.identity import (
     first_of,
     request_user,
     resolve,
+    session,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starlette.types import Message
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from starlette.websockets import WebSocket
 
 HeaderName: TypeAlias = Literal["x-forwarded-for", "forwarded"]
@@ -87,7 +97,7 @@ async def alice_later(_: HTTPConnection) -> Account | None:
     return ALICE
 
 
-def never(_: HTTPConnection) -> Account | None:
+def never(_: object) -> Account | None:
     raise AssertionError("must not be asked")
 
 
@@ -320,6 +330,71 @@ class TestRequestUser:
             raise AssertionError("must not be asked")
 
         assert request_user(refuse)(connection(user=UnauthenticatedUser())) is None
+
+
+class LitestarAuthentication(AbstractAuthenticationMiddleware):
+    async def authenticate_request(self, connection: ASGIConnection) -> AuthenticationResult:  # type: ignore[type-arg]  # of anything
+        name = connection.headers.get("x-user")
+        return AuthenticationResult(user=SimpleUser(name) if name else None, auth=None)
+
+
+async def test_user_that_litestars_authentication_leaves_is_charged() -> None:
+    @get("/")
+    async def handler(request: LitestarRequest[Any, Any, Any]) -> str:
+        return str(request.scope["state"]["charged"])
+
+    class Charging:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            account = await resolve(request_user()(HTTPConnection(scope)))
+            scope["state"]["charged"] = account.id if account else "nobody"
+            await self.app(scope, receive, send)
+
+    def charging(app: Any) -> Any:
+        return Charging(app)
+
+    app = Litestar([handler], middleware=[DefineMiddleware(LitestarAuthentication), charging])
+
+    assert await charged(cast("Starlette", app), [("X-User", "erin")]) == "erin"
+    assert await charged(cast("Starlette", app)) == "nobody"
+
+
+class TestSession:
+    async def test_value_that_starlettes_session_keeps_is_charged(self) -> None:
+        async def login(request: Request) -> PlainTextResponse:
+            request.session["user_id"] = 7
+            return PlainTextResponse("in")
+
+        app = application(session(), Middleware(SessionMiddleware, secret_key="s3cret" * 8))
+        app.add_route("/login", login)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://media") as client:
+            before = (await client.get("/")).text
+            await client.get("/login")
+            after = (await client.get("/")).text
+            cookie = client.cookies["session"]
+            client.cookies.clear()
+            forged = (await client.get("/", headers={"cookie": f"session={cookie}x"})).text
+
+        assert (before, after, forged) == ("nobody", "7", "nobody")
+
+    async def test_value_may_be_looked_up_now_or_later(self) -> None:
+        kept = {"login": "a-key"}
+
+        assert session("login", lookup)(connection(session=kept)) is ALICE
+        assert await resolve(session("login", async_lookup)(connection(session=kept))) is ALICE
+
+    @pytest.mark.parametrize("kept", [None, {}, {"user_id": None}, b"", "user_id", ["user_id"]])
+    def test_without_such_a_value_nobody_is_there(self, kept: Any) -> None:
+        assert session(lookup=never)(connection(session=kept)) is None
+        assert session(lookup=never)(connection()) is None
+
+    @pytest.mark.parametrize("value", [True, 1.5, ["u1"], {"id": "u1"}, ""])
+    def test_value_that_can_be_no_id_is_refused(self, value: object) -> None:
+        with pytest.raises(UsageError, match="account id must"):
+            session()(connection(session={"user_id": value}))
 
 
 class TestPeer:

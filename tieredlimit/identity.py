@@ -8,8 +8,7 @@ stays unknown by its address. Whatever an identify does not read, a client may s
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -25,17 +24,22 @@ from tieredlimit._core.addresses import (
     peer_id,
     x_forwarded_for,
 )
+from tieredlimit.credentials import header_credential, header_values, require_token
 from tieredlimit.errors import UsageError
+from tieredlimit.remembered import Remembered, remember
 
 __all__ = [
     "Answer",
     "Identify",
+    "Remembered",
     "api_key",
     "blocking",
     "client_address",
     "first_of",
+    "remember",
     "request_user",
     "resolve",
+    "session",
 ]
 
 Answer: TypeAlias = Account | Awaitable[Account | None] | None
@@ -47,7 +51,6 @@ Identify: TypeAlias = Callable[[HTTPConnection], Answer]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _LONGEST_KEY = 4096
 _MOST_HOPS = 32
 _ADDRESSES_KEPT = 4096
@@ -147,21 +150,13 @@ def api_key(
     if header is None:
         header = "x-api-key" if scheme is None else "authorization"
     for place, word in (("header", header), ("scheme", scheme)):
-        if word is not None and not _TOKEN.fullmatch(word):
-            raise UsageError(f"{place} must be an HTTP token, got {word!r:.80}")
+        if word is not None:
+            require_token(place, word)
     name = header.lower().encode("ascii")
 
     def identify(connection: HTTPConnection) -> Answer:
-        values = set(_header_values(connection, name))
-        if len(values) != 1:
-            return None
-        key = values.pop().decode("latin-1").strip(" \t")
-        if scheme is not None:
-            given, _, key = key.partition(" ")
-            if given.lower() != scheme.lower():
-                return None
-            key = key.strip(" \t")
-        return lookup(key) if 0 < len(key) <= _LONGEST_KEY else None
+        key = header_credential(connection, name, scheme)
+        return lookup(key) if key is not None and len(key) <= _LONGEST_KEY else None
 
     return identify
 
@@ -182,6 +177,34 @@ def request_user(to_account: Callable[[Any], Answer] | None = None) -> Identify:
     def identify(connection: HTTPConnection) -> Answer:
         user = connection.scope.get("user")
         return mapping(user) if getattr(user, "is_authenticated", False) else None
+
+    return identify
+
+
+def session(key: str = "user_id", lookup: Callable[[Any], Answer] | None = None) -> Identify:
+    """Identify by a value in `scope["session"]`, where Starlette's SessionMiddleware keeps it.
+
+    That middleware must be the outer one. Without a session, or with one that has no such value, or
+    None, the client is unknown.
+
+    Args:
+        key: The name of the value.
+        lookup: From the value to its account, sync or async; None if there is no such user. Without
+            it, the value is the account's id, a whole number as its digits.
+
+    The identify raises `UsageError` where the value is to be an id and is neither a string nor a
+    whole number.
+    """
+
+    def identify(connection: HTTPConnection) -> Answer:
+        kept = connection.scope.get("session")
+        # Some session middleware has something else there before a session is begun.
+        value = kept.get(key) if isinstance(kept, Mapping) else None
+        if value is None:
+            return None
+        if lookup is not None:
+            return lookup(value)
+        return Account(str(value) if type(value) is int else value)
 
     return identify
 
@@ -234,18 +257,12 @@ def client_address(
         return account_of_peer(host[: LONGEST_NODE + 1])
 
     def by_header(connection: HTTPConnection) -> Account:
-        lines = b",".join(_header_values(connection, name)).decode("latin-1")
+        lines = b",".join(header_values(connection, name)).decode("latin-1")
         if not lines.strip():
             return by_peer(connection)
         return account_of_node(node_in(lines, trusted_hops)[: LONGEST_NODE + 1])
 
     return by_header if trusted_hops else by_peer
-
-
-def _header_values(connection: HTTPConnection, name: bytes) -> list[bytes]:
-    # Servers are bound to send names in lower case; one that does not must not hide a header.
-    headers = connection.scope.get("headers", ())
-    return [value for given, value in headers if given.lower() == name]
 
 
 def _account_of_user(user: Any) -> Account:
