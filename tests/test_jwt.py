@@ -499,6 +499,21 @@ class TestKeySet:
         assert await resolve(identify(bearer(self.token("k2", OTHER)))) == Account("u1")
         assert identify(bearer(self.token(sub="u2"))) is None
 
+    async def test_old_keys_are_fetched_anew_without_anybody_waiting(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = _monotonic(monkeypatch)
+        provider = Provider(k1=PRIVATE)
+        identify: Any = self.identify(provider)
+        await resolve(identify(bearer(self.token())))
+        now[0] += 300
+
+        assert identify(bearer(self.token(sub="u2"))) == Account("u2")
+        (fetching,) = identify._keys._fetching.values()
+        await fetching
+
+        assert len(provider.threads) == 2
+
     async def test_where_no_key_could_be_fetched_no_decision_is_made(self) -> None:
         provider = Provider(k1=PRIVATE)
         provider.down = True
