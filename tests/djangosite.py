@@ -1,0 +1,170 @@
+"""A Django project in one file, with our middleware around it; served by the tests of users.
+
+Each view does one thing to a user or a session; `/who` says who is charged, and whom Django serves.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import django
+from django.conf import settings
+
+settings.configure(
+    ALLOWED_HOSTS=["*"],
+    DATABASES={
+        "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": os.environ["SITE_DATABASE"]}
+    },
+    INSTALLED_APPS=[
+        "django.contrib.auth",
+        "django.contrib.contenttypes",
+        "django.contrib.sessions",
+    ],
+    MIGRATION_MODULES=dict.fromkeys(["auth", "contenttypes", "sessions"]),  # tables at once
+    MIDDLEWARE=[
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.contrib.auth.middleware.AuthenticationMiddleware",
+    ],
+    PASSWORD_HASHERS=["django.contrib.auth.hashers.MD5PasswordHasher"],
+    ROOT_URLCONF=__name__,
+    SECRET_KEY="s3cret",
+    SECRET_KEY_FALLBACKS=["an-older-s3cret"],
+    SESSION_ENGINE=os.environ["SITE_ENGINE"],
+    USE_TZ=False,
+    TIME_ZONE="Europe/Paris",
+)
+django.setup()
+
+from django.contrib.auth import authenticate, login, logout  # noqa: E402 -- after the setup
+from django.contrib.auth.models import User  # noqa: E402
+from django.contrib.sessions.models import Session  # noqa: E402
+from django.core.asgi import get_asgi_application  # noqa: E402
+from django.core.management import call_command  # noqa: E402
+from django.db import connections  # noqa: E402
+from django.http import HttpRequest, HttpResponse, JsonResponse  # noqa: E402
+from django.urls import path  # noqa: E402
+from django.utils.functional import SimpleLazyObject  # noqa: E402
+
+from tieredlimit import Account, Limiter, TieredLimitMiddleware  # noqa: E402
+from tieredlimit.integrations.django_users import django_user  # noqa: E402
+
+if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
+    from starlette.types import Receive, Scope, Send
+
+POLICY = {
+    "features": {"page": {"routes": ["GET /who"]}},
+    "tiers": {"all": {"quotas": {"page": "unlimited"}}},
+}
+
+
+def pro(user: User) -> Account:
+    """Take the plan from a group, which is a query."""
+    group = user.groups.first()
+    return Account(str(user.pk), plan=None if group is None else group.name)
+
+
+async def later(user: User) -> Account:
+    """Take the plan from a group, asynchronously."""
+    group = await user.groups.afirst()
+    return Account(str(user.pk), plan=None if group is None else group.name)
+
+
+TABLES = {
+    "no table": "ALTER TABLE auth_user RENAME TO gone",
+    "table": "ALTER TABLE gone RENAME TO auth_user",
+}
+WAYS = {
+    "fresh": django_user(seconds=0),
+    "remembered": django_user(seconds=30),
+    "mapped": django_user(pro, seconds=0),
+    "later": django_user(later, seconds=0),
+}
+
+
+def identify(connection: HTTPConnection) -> Any:
+    """Identify as a test asks for."""
+    return WAYS[connection.headers.get("x-way", "fresh")](connection)
+
+
+async def who(request: Any) -> HttpResponse:
+    """Say who is charged and who is served, or only why the request was let in."""
+    limits = request.scope["state"]["tieredlimit"]
+    if "x-blind" in request.headers:
+        return JsonResponse({"reason": limits.decisions["page"].reason})
+    account = await limits.account()
+    user = await request.auser()
+    created = account.created_at and account.created_at.isoformat()
+    return JsonResponse(
+        {
+            "charged": None if account.anonymous else account.id,
+            "plan": account.plan,
+            "created_at": created,
+            "served": None if user.pk is None else str(user.pk),
+        }
+    )
+
+
+def enter(request: HttpRequest) -> HttpResponse:
+    """Log a user in, by password."""
+    user = authenticate(request, username=request.GET["name"], password="pass")
+    login(request, user)
+    return JsonResponse({"id": str(request.user.pk)})
+
+
+def leave(request: HttpRequest) -> HttpResponse:
+    """Log out."""
+    logout(request)
+    return HttpResponse()
+
+
+def change(request: HttpRequest) -> HttpResponse:
+    """Change a user, or what the secret of their sessions is."""
+    what = request.GET["what"]
+    if what in TABLES:
+        with connections["default"].cursor() as cursor:
+            cursor.execute(TABLES[what])
+        return HttpResponse("{}")
+    user = User.objects.get(username=request.GET["name"])
+    match what:
+        case "inactive":
+            user.is_active = False
+            user.save()
+        case "password":
+            user.set_password("another")
+            user.save()
+        case "group":
+            user.groups.get_or_create(name="pro")
+        case "older secret":
+            # As if it had been logged in before the secret was changed.
+            (older,) = user.get_session_auth_fallback_hash()
+            request.session["_auth_user_hash"] = older
+        case "sessions":
+            return JsonResponse({"keys": [one.session_key for one in Session.objects.all()]})
+    return JsonResponse({"id": str(user.pk)})
+
+
+urlpatterns = [
+    path("who", who),
+    path("enter", enter),
+    path("leave", leave),
+    path("change", change),
+]
+
+call_command("migrate", run_syncdb=True, verbosity=0)
+for name in ("ada", "bob", "cat", "dan"):
+    if not User.objects.filter(username=name).exists():
+        User.objects.create_user(name, password="pass", date_joined="2026-01-09 12:00:00")
+connections.close_all()
+
+limited = TieredLimitMiddleware(get_asgi_application(), limiter=Limiter(POLICY), identify=identify)
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    """Put a user into the scope where a test asks for it, as channels does."""
+    headers = dict(scope.get("headers", ()))
+    if b"x-scope-user" in headers:
+        name = headers[b"x-scope-user"].decode()
+        scope["user"] = SimpleLazyObject(lambda: User.objects.get(username=name))
+    await limited(scope, receive, send)

@@ -1,0 +1,184 @@
+"""Who is charged is whom Django serves: real logins, in a real project, before its middleware."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.serving import serve_workers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from site_of("db", tmp_path_factory)
+
+
+def site_of(engine: str, folders: pytest.TempPathFactory) -> Iterator[str]:
+    folder = folders.mktemp(engine)
+    environment = {
+        "SITE_DATABASE": str(folder / "site.sqlite3"),
+        "SITE_ENGINE": f"django.contrib.sessions.backends.{engine}",
+    }
+    with serve_workers("tests.djangosite:application", folder, 1, **environment) as url:
+        yield url
+
+
+@pytest.fixture
+def browser(site: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=site, timeout=20) as client:
+        yield client
+
+
+def enter(browser: httpx.Client, name: str) -> str:
+    answer = browser.get("/enter", params={"name": name})
+    return str(answer.raise_for_status().json()["id"])
+
+
+def change(browser: httpx.Client, name: str, what: str) -> Any:
+    return browser.get("/change", params={"name": name, "what": what}).raise_for_status().json()
+
+
+def who(browser: httpx.Client, way: str = "fresh", **headers: str) -> tuple[Any, Any]:
+    answer = browser.get("/who", headers={"x-way": way, **headers}).raise_for_status().json()
+    return answer["charged"], answer["served"]
+
+
+def test_who_is_logged_in_is_charged(browser: httpx.Client) -> None:
+    stranger = who(browser)
+    ada = enter(browser, "ada")
+    after = who(browser)
+    browser.get("/leave")
+    left = who(browser)
+
+    assert (stranger, after, left) == ((None, None), (ada, ada), (None, None))
+
+
+@pytest.mark.parametrize("engine", ["signed_cookies", "cached_db"])
+def test_other_session_engines_are_read_alike(
+    engine: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    for url in site_of(engine, tmp_path_factory):
+        with httpx.Client(base_url=url, timeout=20) as browser:
+            ada = enter(browser, "ada")
+
+            assert who(browser) == (ada, ada)
+
+
+def test_day_on_which_a_user_joined_is_when_the_account_was_made(browser: httpx.Client) -> None:
+    enter(browser, "ada")
+
+    answer = browser.get("/who").json()
+
+    assert answer["created_at"] == "2026-01-09T12:00:00+01:00"
+    assert answer["plan"] is None
+
+
+@pytest.mark.parametrize("way", ["mapped", "later"])
+def test_function_of_ones_own_may_query_now_or_later(browser: httpx.Client, way: str) -> None:
+    cat = enter(browser, "cat")
+    change(browser, "cat", "group")
+
+    answer = browser.get("/who", headers={"x-way": way}).json()
+
+    assert (answer["charged"], answer["plan"]) == (cat, "pro")
+
+
+def test_session_from_before_a_password_was_changed_is_nobodys_and_stays_for_django(
+    site: str, browser: httpx.Client
+) -> None:
+    enter(browser, "bob")
+    key = browser.cookies["sessionid"]
+    with httpx.Client(base_url=site, timeout=20) as operator:
+        change(operator, "bob", "password")
+
+        charged, served = who(browser)
+        left = change(operator, "bob", "sessions")["keys"]
+
+    assert (charged, served) == (None, None)
+    assert key not in left  # Django has flushed it, after us
+
+
+def test_session_signed_with_an_older_secret_is_its_users_and_keeps_its_key_for_django(
+    browser: httpx.Client,
+) -> None:
+    ada = enter(browser, "ada")
+    change(browser, "ada", "older secret")
+    before = browser.cookies["sessionid"]
+
+    first = who(browser)
+    after = browser.cookies["sessionid"]
+    second = who(browser)
+
+    # Had we cycled the key, Django would not have found the session.
+    assert (first, second) == ((ada, ada), (ada, ada))
+    assert before != after
+
+
+def test_user_who_was_deactivated_is_charged_until_what_is_remembered_is_over(
+    site: str, browser: httpx.Client
+) -> None:
+    dan = enter(browser, "dan")
+    before = who(browser, "remembered")
+    with httpx.Client(base_url=site, timeout=20) as operator:
+        change(operator, "dan", "inactive")
+
+    assert before == (dan, dan)
+    assert who(browser, "remembered") == (dan, None)
+    assert who(browser) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        "sessionid=",
+        "sessionid=x",
+        "sessionid=" + "a" * 32,
+        "sessionid=" + "a" * 7_000,
+        'sessionid="\\000aaaaaaaaaaaa"',
+        "sessionid=../../../../etc/passwd",
+        "sessionid=\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9\xe9",
+    ],
+)
+def test_cookie_that_a_stranger_made_up_is_nobodys(browser: httpx.Client, cookie: str) -> None:
+    answer = browser.get("/who", headers={b"cookie": cookie.encode("latin-1")})
+
+    assert answer.status_code == 200
+    assert answer.json()["charged"] is None
+
+
+def test_two_session_cookies_that_differ_are_nobodys(browser: httpx.Client) -> None:
+    enter(browser, "ada")
+    key = browser.cookies["sessionid"]
+    browser.cookies.clear()
+
+    charged, _ = who(browser, cookie=f"sessionid=x; sessionid={key}")
+
+    assert charged is None
+
+
+def test_user_who_is_in_the_scope_already_is_charged(browser: httpx.Client) -> None:
+    ada = enter(browser, "ada")
+    browser.cookies.clear()
+
+    for way in ("fresh", "remembered", "mapped", "later"):
+        charged, _ = who(browser, way, **{"x-scope-user": "ada"})
+        assert charged == ada
+
+
+def test_database_that_fails_gets_the_outage_answer_and_is_asked_again(
+    browser: httpx.Client,
+) -> None:
+    ada = enter(browser, "ada")
+    change(browser, "ada", "no table")
+    try:
+        failed = browser.get("/who", headers={"x-way": "remembered", "x-blind": "1"}).json()
+    finally:
+        change(browser, "ada", "table")
+
+    assert failed == {"reason": "outage"}
+    assert who(browser, "remembered") == (ada, ada)

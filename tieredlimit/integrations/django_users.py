@@ -1,0 +1,129 @@
+"""Django: the account of whoever is logged in, found before Django's own middleware runs.
+
+Needs `pip install "tieredlimit[django]"`. `TieredLimitMiddleware` wraps `get_asgi_application()`:
+there is no `request.user` yet. The session cookie is read here, and what is behind it by Django.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from importlib import import_module
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from starlette.requests import HTTPConnection
+
+from tieredlimit._core.account import Account
+from tieredlimit.credentials import cookie_credential
+from tieredlimit.identity import Answer, Identify, remember, resolve
+
+try:
+    from django.conf import settings
+    from django.contrib.auth import get_user
+    from django.core.cache import caches
+    from django.db import connections
+    from django.http import HttpRequest
+    from django.utils import timezone
+except ImportError as exc:  # pragma: no cover -- the tests have Django
+    raise ImportError('Django is missing: pip install "tieredlimit[django]"') from exc
+
+__all__ = ["django_user"]
+
+_LONGEST = 4_096  # of the cookies that browsers keep
+
+
+def django_user(
+    to_account: Callable[[Any], Answer] | None = None,
+    *,
+    seconds: float = 30.0,
+    missing_seconds: float | None = None,
+    most: int = 10_000,
+) -> Identify:
+    """Identify by Django's session cookie, as `django.contrib.auth.get_user` does.
+
+    The session engine, the authentication backends and `SECRET_KEY_FALLBACKS` are those of the
+    settings, and the session's authentication hash is verified. Nothing is written: a session that
+    is not valid any more is left for Django to flush. Where `scope["user"]` is there already, as
+    channels' AuthMiddlewareStack leaves it, that user is taken.
+
+    It all runs in a thread of the event loop's pool, whose connections are closed afterwards.
+
+    Args:
+        to_account: From the user to the account, sync or async; a sync one may query. None takes
+            the primary key as the id, `date_joined` as `created_at`, and `plan` where the user has
+            a string of that name.
+        seconds: How long the account of a session is remembered, as `remember` has it: who logs out
+            is not charged any more at once, since the cookie is gone, but a change of plan and a
+            user that was deactivated show only after so long. 0 asks at every request.
+        missing_seconds: The same for a session without a user.
+        most: The most sessions remembered.
+
+    Raises:
+        UsageError: A bound is out of range, as for `remember`.
+    """
+    mapping = _account_of if to_account is None else to_account
+
+    def map_user(user: Any) -> Answer:
+        return mapping(user) if getattr(user, "is_authenticated", False) else None
+
+    def user_of_session(key: str) -> Answer:
+        store = import_module(settings.SESSION_ENGINE).SessionStore(key)
+        request = HttpRequest()
+        request.session = _Seen(store.load())  # all that is asked of it
+        return map_user(get_user(request))
+
+    find: Callable[[str], Answer] = _threaded(user_of_session)
+    if seconds != 0:
+        find = remember(find, seconds, missing_seconds=missing_seconds, most=most)
+    map_given = _threaded(map_user)
+
+    def identify(connection: HTTPConnection) -> Answer:
+        user = connection.scope.get("user")
+        if user is not None:
+            return map_given(user)  # which may have to be loaded first
+        key = cookie_credential(connection, settings.SESSION_COOKIE_NAME)
+        # No engine makes other keys, and a database may fail over what cannot be text.
+        if key is None or len(key) > _LONGEST or not (key.isascii() and key.isprintable()):
+            return None
+        return find(key)
+
+    return identify
+
+
+class _Seen(dict[str, Any]):
+    """What a session holds: changes end here, since no cookie would tell the client of them."""
+
+    def cycle_key(self) -> None:
+        """Keep the key: its session was signed with an older secret."""
+
+    def flush(self) -> None:
+        """Be empty: its user has another password now."""
+        self.clear()
+
+
+def _threaded(function: Callable[[Any], Answer]) -> Callable[[Any], Awaitable[Account | None]]:
+    """Run what asks Django in a thread, and what that answers where it is awaited."""
+
+    def called(argument: Any) -> Answer:
+        try:
+            return function(argument)
+        finally:
+            # No request ends in this thread, which is when Django would do it.
+            connections.close_all()
+            caches.close_all()
+
+    run = sync_to_async(called, thread_sensitive=False)
+
+    async def asked(argument: Any) -> Account | None:
+        return await resolve(await run(argument))
+
+    return asked
+
+
+def _account_of(user: Any) -> Account:
+    joined = getattr(user, "date_joined", None)
+    if isinstance(joined, datetime) and timezone.is_naive(joined):
+        joined = timezone.make_aware(joined, timezone.get_default_timezone())  # USE_TZ is off
+    plan = getattr(user, "plan", None)
+    return Account(str(user.pk), plan=plan if isinstance(plan, str) else None, created_at=joined)
