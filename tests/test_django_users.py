@@ -58,11 +58,10 @@ def test_who_is_logged_in_is_charged(browser: httpx.Client) -> None:
     assert (stranger, after, left) == ((None, None), (ada, ada), (None, None))
 
 
-@pytest.mark.parametrize("engine", ["signed_cookies", "cached_db"])
-def test_other_session_engines_are_read_alike(
-    engine: str, tmp_path_factory: pytest.TempPathFactory
+def test_session_that_is_all_in_its_cookie_is_read_alike(
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    for url in site_of(engine, tmp_path_factory):
+    for url in site_of("signed_cookies", tmp_path_factory):
         with httpx.Client(base_url=url, timeout=20) as browser:
             ada = enter(browser, "ada")
 

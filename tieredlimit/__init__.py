@@ -20,6 +20,7 @@ from tieredlimit.limiter import Limiter
 from tieredlimit.middleware import TieredLimitMiddleware
 from tieredlimit.observe import LoggingObserver, Observer
 from tieredlimit.settling import Reservation
+from tieredlimit.usage import usage_app
 
 __all__ = [
     "Account",
@@ -43,5 +44,6 @@ __all__ = [
     "TieredLimitMiddleware",
     "UsageError",
     "stored",
+    "usage_app",
 ]
 __version__ = "0.1.0"

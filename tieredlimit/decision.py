@@ -163,9 +163,12 @@ class Decision(NamedTuple):
             self._state(quota, debt) for quota, debt in zip(self.limits, debts, strict=True)
         )
 
-    def message(self, accept_language: str | None = None) -> str:
-        """Return the sentence for whoever was denied, in a language they accept; "" if allowed."""
-        return "" if self.allowed else self._message(accept_language)[1]
+    def message(self, accept_language: str | None = None, *, countdown: bool = True) -> str:
+        """Return the sentence for whoever was denied, in a language they accept; "" if allowed.
+
+        Without `countdown` ours does not say in how many seconds to try again.
+        """
+        return "" if self.allowed else self._message(accept_language, countdown=countdown)[1]
 
     def raise_if_denied(self) -> None:
         """Go on if allowed.
@@ -227,19 +230,19 @@ class Decision(NamedTuple):
             next_us,
         )
 
-    def _message(self, accept_language: str | None) -> tuple[str, str]:
+    def _message(self, accept_language: str | None, *, countdown: bool = True) -> tuple[str, str]:
         # An outage is ours, not the policy's: what it says to denied users would mislead.
         if self.cell.messages and self.reason != "outage":
             return choose(self.cell.messages, accept_language)
-        return "en", self._plain_message()
+        return "en", self._plain_message(self._until() if countdown else "")
 
-    def _plain_message(self) -> str:
+    def _plain_message(self, until: str) -> str:
         feature = self.feature
         match self.reason:
             case "zero":
                 return f"{feature} is not available to this account."
             case "closed":
-                return f"{feature} is closed for now.{self._until()}"
+                return f"{feature} is closed for now.{until}"
             case "outage":
                 return f"{feature} cannot be served right now. Please try again in a moment."
             case "concurrency":
@@ -247,11 +250,11 @@ class Decision(NamedTuple):
             case "pool" if self.retry_after is None and self._fits_pool():
                 return f"{feature} is busy right now. Please try again in a moment."
             case "pool" if self.retry_after is not None:
-                return f"{feature} is busy right now.{self._until()}"
+                return f"{feature} is busy right now.{until}"
             case _ if self.retry_after is None:
                 return f"This request costs {self.cost}, more than {feature} ever allows at once."
             case _:
-                return f"The quota for {feature} is used up.{self._until()}"
+                return f"The quota for {feature} is used up.{until}"
 
     def _fits_pool(self) -> bool:
         """Say whether the cost would fit a full pool."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.table import Entry, Table
@@ -14,6 +15,8 @@ from tieredlimit.errors import BackendError
 from tieredlimit.judging import checked, judged, judged_demanding
 
 __all__ = ["Peeking"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Peeking(Deciding):
@@ -46,6 +49,23 @@ class Peeking(Deciding):
         entries = [table.find(account, feature, now) or entry for feature, entry in row.items()]
         decisions = await self._peek_all(table, account, entries, 1, now)
         return dict(zip(row, decisions, strict=True))
+
+    def closed_until(self, account: Account, feature: str) -> datetime | None:
+        """Return when the override ends that closes a feature to an account; asks nobody.
+
+        None where the feature is not closed, or until further notice. Those who wait for the same
+        end are told to come back a little later, each at a time of its own: see
+        `Decision.retry_after`.
+
+        Raises:
+            UsageError: The feature is unknown.
+        """
+        now = self.backend.now()
+        entry = checked(self._force.table_at(now), account, feature, 0, now)
+        closure = entry.closure if self.enabled else None
+        if closure is None or closure.end_us is None:
+            return None
+        return _EPOCH + timedelta(microseconds=closure.end_us)
 
     async def _peek_all(
         self, table: Table, account: Account, entries: Sequence[Entry], cost: int, now: int
