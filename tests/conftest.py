@@ -16,6 +16,9 @@ from tests.servers import NoServerError, RedisServer, find_server, server_versio
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+# The contract of backends is public, and its assertions say what they found.
+pytest.register_assert_rewrite("tieredlimit.testing")
+
 Made = TypeVar("Made")
 
 FAULTS = Path(__file__).with_name("faults.txt")

@@ -1,0 +1,129 @@
+"""States to put a limiter in: a quota that is used up, a closed feature, a store that is down."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from tieredlimit._core.account import Account
+from tieredlimit.backends import Backend
+from tieredlimit.decision import Decision
+from tieredlimit.errors import BackendError, UsageError
+from tieredlimit.limiter import Limiter
+
+__all__ = ["broken", "closed", "exhaust"]
+
+_ATTEMPTS = 8
+_WHO = ("account", "tier", "when", "everyone")
+
+
+async def exhaust(limiter: Limiter, account: Account, feature: str) -> Decision:
+    """Take what is left to an account, so that its next request is denied; return that denial.
+
+    No whole token is left in its tightest bucket. With a clock that goes on one may be back soon:
+    give the limiter a `Clock`. It is taken through the limiter: observers see it, and what the
+    feature's pool loses by it is lost. Where the tier has zero there is nothing to do.
+
+    Raises:
+        UsageError: It cannot be exhausted: nothing limits it, it is closed, something else denies
+            it, or the feature is unknown. The message says what.
+    """
+    for _ in range(_ATTEMPTS):
+        decision = await limiter.peek(account, feature)
+        left = decision.remaining
+        if decision.reason == "zero" or (left == 0 and not decision.allowed):
+            return decision
+        if decision.reason in ("closed", "outage"):
+            raise _inexhaustible(decision, "its buckets cannot be asked")
+        if left is None:
+            what = "the limiter is not enabled" if not limiter.enabled else "it is unlimited"
+            raise _inexhaustible(decision, what)
+        taken = await limiter.take(account, feature, left)
+        if taken.lease is not None:
+            await taken.lease.release()
+        if not taken.allowed and taken.reason != "quota":
+            raise _inexhaustible(taken, f"{left} tokens are left to the account")
+    raise UsageError(f'"{feature}" refills as fast as it is emptied: give the limiter a Clock')
+
+
+@asynccontextmanager
+async def closed(limiter: Limiter, feature: str, **given: Any) -> AsyncIterator[None]:
+    """Close a feature within a block, and open it again at its end.
+
+    As in `async with closed(limiter, "video", tier="new"):`. Who is meant and `message` are as for
+    `limiter.control.close`; nobody named is everyone. What closed the same accounts before is
+    lifted as well.
+
+    Raises:
+        UsageError: As `limiter.control.close`.
+    """
+    who = {word: given.pop(word) for word in _WHO if word in given} or {"everyone": True}
+    await limiter.control.close(feature, **who, **given)
+    try:
+        yield
+    finally:
+        with suppress(UsageError):  # the block has opened it already
+            await limiter.control.open(feature, **who)
+
+
+@contextmanager
+def broken(limiter: Limiter) -> Iterator[None]:
+    """Let the limiter's store not answer within a block: each decision is an outage answer.
+
+    What needs no store is decided all the same, as in a real outage: zero, and what is closed.
+    """
+    down = _Down(limiter.backend)
+    # Whatever asks the store, whichever kind that is.
+    held = limiter.backend, limiter._comparing, limiter._claim, limiter._take_now  # noqa: SLF001
+    limiter._denials.held.clear()  # noqa: SLF001 -- what it remembers it would not have to ask
+    limiter.backend, limiter._claim, limiter._take_now = down, down.claim, None  # noqa: SLF001
+    limiter._comparing = None if held[1] is None else down  # noqa: SLF001
+    try:
+        yield
+    finally:
+        limiter.backend, limiter._comparing, limiter._claim, limiter._take_now = held  # noqa: SLF001
+
+
+class _Down:
+    """A store that does not answer; all else is as of the one in whose place it stands."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def now(self) -> int:
+        """Return the clock of the store."""
+        return self._backend.now()
+
+    async def open(self) -> None:
+        """Do nothing: a store that is down is tried again by each take."""
+
+    async def close(self) -> None:
+        """Give back what the store has got."""
+        await self._backend.close()
+
+    async def take(self, *_: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    async def claim(self, *_: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    def measure(self, *_: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+
+def _down() -> BackendError:
+    return BackendError("the store does not answer, since a test said so")
+
+
+def _inexhaustible(decision: Decision, why: str) -> UsageError:
+    denied = "" if decision.allowed else f", and denied ({decision.reason})"
+    return UsageError(
+        f'"{decision.feature}" cannot be exhausted in tier {decision.tier}: {why}{denied}'
+    )
