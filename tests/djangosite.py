@@ -42,6 +42,8 @@ from django.contrib.sessions.models import Session  # noqa: E402
 from django.core.asgi import get_asgi_application  # noqa: E402
 from django.core.management import call_command  # noqa: E402
 from django.db import connections  # noqa: E402
+from django.db.backends.signals import connection_created  # noqa: E402
+from django.dispatch import receiver  # noqa: E402
 from django.http import HttpRequest, HttpResponse, JsonResponse  # noqa: E402
 from django.urls import path  # noqa: E402
 from django.utils.functional import SimpleLazyObject  # noqa: E402
@@ -71,6 +73,15 @@ async def later(user: User) -> Account:
     return Account(str(user.pk), plan=None if group is None else group.name)
 
 
+connected: list[Any] = []
+
+
+@receiver(connection_created)  # type: ignore[untyped-decorator]  # Django ships no types
+def note(connection: Any, **_: Any) -> None:
+    """Keep each connection to the database that is made."""
+    connected.append(connection)
+
+
 TABLES = {
     "no table": "ALTER TABLE auth_user RENAME TO gone",
     "table": "ALTER TABLE gone RENAME TO auth_user",
@@ -89,10 +100,13 @@ def identify(connection: HTTPConnection) -> Any:
 
 
 async def who(request: Any) -> HttpResponse:
-    """Say who is charged and who is served, or only why the request was let in."""
+    """Say who is charged and who is served, or only what that has taken so far."""
     limits = request.scope["state"]["tieredlimit"]
     if "x-blind" in request.headers:
-        return JsonResponse({"reason": limits.decisions["page"].reason})
+        since = connected[int(request.headers["x-blind"]) :]
+        left_open = sum(one.connection is not None for one in since)
+        told = {"reason": limits.decisions["page"].reason, "open": left_open}
+        return JsonResponse({**told, "connected": len(connected)})
     account = await limits.account()
     user = await request.auser()
     created = account.created_at and account.created_at.isoformat()

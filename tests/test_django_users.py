@@ -150,6 +150,26 @@ def test_cookie_that_a_stranger_made_up_is_nobodys(browser: httpx.Client, cookie
     assert answer.json()["charged"] is None
 
 
+@pytest.mark.parametrize("way", ["fresh", "mapped", "later"])
+def test_connections_of_a_lookup_are_closed_and_what_can_be_no_key_makes_none(
+    browser: httpx.Client, way: str
+) -> None:
+    def taken(cookie: str, since: int = 0) -> tuple[int, int]:
+        headers = {"x-blind": str(since), "x-way": way, "cookie": f"sessionid={cookie}"}
+        told = browser.get("/who", headers=headers).raise_for_status().json()
+        return told["connected"], told["open"]
+
+    enter(browser, "cat")
+    key = browser.cookies.pop("sessionid")
+    before, _ = taken('"\\000aaaaaaaaaaaa"')
+    odd, _ = taken("a" * 7_000)
+    after, left_open = taken(key, since=before)
+
+    assert odd == before
+    assert after > before
+    assert left_open == 0
+
+
 def test_two_session_cookies_that_differ_are_nobodys(browser: httpx.Client) -> None:
     enter(browser, "ada")
     key = browser.cookies["sessionid"]
@@ -175,9 +195,9 @@ def test_database_that_fails_gets_the_outage_answer_and_is_asked_again(
     ada = enter(browser, "ada")
     change(browser, "ada", "no table")
     try:
-        failed = browser.get("/who", headers={"x-way": "remembered", "x-blind": "1"}).json()
+        failed = browser.get("/who", headers={"x-way": "remembered", "x-blind": "0"}).json()
     finally:
         change(browser, "ada", "table")
 
-    assert failed == {"reason": "outage"}
+    assert failed["reason"] == "outage"
     assert who(browser, "remembered") == (ada, ada)

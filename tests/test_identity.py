@@ -355,7 +355,8 @@ async def test_user_that_litestars_authentication_leaves_is_charged() -> None:
     def charging(app: Any) -> Any:
         return Charging(app)
 
-    app = Litestar([handler], middleware=[DefineMiddleware(LitestarAuthentication), charging])
+    middleware: list[Any] = [DefineMiddleware(LitestarAuthentication), charging]
+    app = Litestar([handler], middleware=middleware, logging_config=None)
 
     assert await charged(cast("Starlette", app), [("X-User", "erin")]) == "erin"
     assert await charged(cast("Starlette", app)) == "nobody"

@@ -133,6 +133,14 @@ class TestToken:
     ) -> None:
         assert by_secret(**options)(bearer(signed(**given))) is None
 
+    def test_token_that_never_ends_and_one_that_is_too_long_are_nobody(self) -> None:
+        endless = {name: value for name, value in claims_of().items() if name != "exp"}
+        fits, too_long = (signed(filler="x" * length) for length in (5_000, 8_000))
+
+        assert by_secret()(bearer(jwt.encode(endless, SECRET))) is None
+        assert by_secret()(bearer(fits)) == Account("u1")
+        assert by_secret()(bearer(too_long)) is None
+
     def test_one_of_several_audiences_and_issuers_is_enough(self) -> None:
         identify = by_secret(audience=["web", "media"], issuer=["https://a", "https://b"])
 
@@ -524,6 +532,13 @@ class TestKeySet:
                 await resolve(identify(bearer(self.token())))
 
         assert len(provider.threads) == 1
+
+    async def test_key_that_is_not_for_signatures_verifies_none(self) -> None:
+        class Encrypting(Provider):
+            def fetch_data(self) -> Any:
+                return {"keys": [{**one, "use": "enc"} for one in super().fetch_data()["keys"]]}
+
+        assert await resolve(self.identify(Encrypting(k1=PRIVATE))(bearer(self.token()))) is None
 
     async def test_keys_come_over_http(self, key_server: str) -> None:
         identify = access_token(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from tests.serving import serve
 from tests.test_readme import blocks
 from tieredlimit import (
     Account,
-    BackendError,
     Denied,
     Limiter,
     TieredLimitMiddleware,
@@ -34,13 +33,12 @@ from tieredlimit import (
 )
 from tieredlimit.backends import MemoryBackend
 from tieredlimit.identity import api_key
+from tieredlimit.testing import broken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from tieredlimit.backends import Charge, Reply
 
 PAGE = (Path(__file__).parent.parent / "docs" / "usage.md").read_text("utf-8")
 EXAMPLE, SCHEMA = (json.loads(block) for block in blocks(PAGE, "json"))
@@ -53,9 +51,17 @@ POLICY: dict[str, Any] = {
         "image": {"routes": ["POST /images"]},
         "video": {"routes": ["POST /videos"], "outage": "deny"},
         "audio": {"outage": "local", "pool": {"rate": "10/hour", "leave": {"new": "50%"}}},
+        "render": {"pool": {"rate": "90/hour", "concurrency": 1, "lease": "1 hour"}},
         "page": {"routes": ["GET /usage"]},
     },
-    "defaults": {"quotas": {"image": ["5/hour", "50/day"], "video": "2/hour", "audio": "9/hour"}},
+    "defaults": {
+        "quotas": {
+            "image": ["5/hour", "50/day"],
+            "video": "2/hour",
+            "audio": "9/hour",
+            "render": "9/hour",
+        }
+    },
     "tiers": {
         "new": {
             "when": {"plan": "new"},
@@ -79,11 +85,6 @@ ACCOUNTS = {
     "bob": Account("bob"),
 }
 identify = api_key(ACCOUNTS.get)
-
-
-class Down(MemoryBackend):
-    async def take(self, charges: Sequence[Charge]) -> Reply:
-        raise BackendError("nobody answers")
 
 
 @pytest.fixture
@@ -233,6 +234,15 @@ async def test_slots_of_ones_own_are_shown(limiter: Limiter) -> None:
     assert video["quotas"][0]["per"] == "org"
 
 
+async def test_slots_of_a_pool_are_not(limiter: Limiter) -> None:
+    held = await limiter.take(ACCOUNTS["ada"], "render")
+
+    render = (await usage(limiter, "bob"))["features"]["render"]
+
+    assert held.allowed
+    assert (render["state"], render["slots"], render["retry_at"]) == ("pool", [], None)
+
+
 async def test_no_account_is_named(limiter: Limiter) -> None:
     async with asking(usage_app(limiter, identify), "ada") as client:
         answer = await client.get("/")
@@ -241,14 +251,16 @@ async def test_no_account_is_named(limiter: Limiter) -> None:
 
 
 @pytest.mark.parametrize("name", ["redis", "identify"])
-async def test_where_nobody_answers_the_outage_answers_are_shown(clock: Clock, name: str) -> None:
+async def test_where_nobody_answers_the_outage_answers_are_shown(
+    limiter: Limiter, name: str
+) -> None:
     def failing(_: HTTPConnection) -> Account:
         raise ConnectionError("the database is down")
 
-    down = Limiter(POLICY, Down(clock=clock) if name == "redis" else MemoryBackend(clock=clock))
-    app = usage_app(down, failing if name == "identify" else identify)
+    app = usage_app(limiter, failing if name == "identify" else identify)
     async with asking(app, "ada") as client:
-        answer = await client.get("/")
+        with broken(limiter) if name == "redis" else nullcontext():
+            answer = await client.get("/")
     document = answer.json()
     jsonschema.validate(document, SCHEMA)
     features = document["features"]
@@ -396,7 +408,7 @@ def litestar_app(app: ASGIApp) -> Any:
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         await app(scope, receive, send)
 
-    return Litestar([handler])
+    return Litestar([handler], logging_config=None)
 
 
 def beside_another(app: ASGIApp) -> Any:

@@ -11,7 +11,7 @@ from datetime import datetime
 from importlib import import_module
 from typing import Any
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
@@ -47,7 +47,7 @@ def django_user(
     is not valid any more is left for Django to flush. Where `scope["user"]` is there already, as
     channels' AuthMiddlewareStack leaves it, that user is taken.
 
-    It all runs in a thread of the event loop's pool, whose connections are closed afterwards.
+    It runs in a thread of its own, as a request of Django's does, and leaves no connection open.
 
     Args:
         to_account: From the user to the account, sync or async; a sync one may query. None takes
@@ -98,27 +98,29 @@ class _Seen(dict[str, Any]):
         """Keep the key: its session was signed with an older secret."""
 
     def flush(self) -> None:
-        """Be empty: its user has another password now."""
-        self.clear()
+        """Keep what it holds: its user, who has another password now, is found to be nobody."""
 
 
 def _threaded(function: Callable[[Any], Answer]) -> Callable[[Any], Awaitable[Account | None]]:
     """Run what asks Django in a thread, and what that answers where it is awaited."""
-
-    def called(argument: Any) -> Answer:
-        try:
-            return function(argument)
-        finally:
-            # No request ends in this thread, which is when Django would do it.
-            connections.close_all()
-            caches.close_all()
-
-    run = sync_to_async(called, thread_sensitive=False)
+    run = sync_to_async(function)
 
     async def asked(argument: Any) -> Account | None:
-        return await resolve(await run(argument))
+        # As Django does for each request: one thread for all that is asked, async queries included.
+        async with ThreadSensitiveContext():
+            try:
+                return await resolve(await run(argument))
+            finally:
+                await _close()
 
     return asked
+
+
+@sync_to_async
+def _close() -> None:
+    """Close what the thread has opened: no request of Django's ends here, which would do it."""
+    connections.close_all()
+    caches.close_all()
 
 
 def _account_of(user: Any) -> Account:
