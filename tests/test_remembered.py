@@ -408,6 +408,28 @@ class TestRememberLater:
         assert await resolve(lookup("k")) is FREE
         assert lookup._underway == {}
 
+    async def test_all_keys_forgotten_meanwhile_are_not_remembered(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later)
+        early = asyncio.ensure_future(resolve(lookup("k")))
+        await asyncio.sleep(0)
+
+        lookup.clear()
+        billing.gate.set()
+
+        assert await early is FREE
+        assert len(lookup) == 0
+
+    def test_without_an_event_loop_the_answer_is_left_to_be_awaited(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later)
+
+        answers = [lookup("k"), lookup("k")]
+        billing.gate.set()
+
+        assert [asyncio.run(resolve(answer)) for answer in answers] == [FREE, FREE]
+        assert len(lookup) == 0
+
     async def test_it_stands_between_an_api_key_and_its_lookup(self) -> None:
         billing = Billing(k=FREE)
         billing.gate.set()

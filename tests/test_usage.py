@@ -25,6 +25,7 @@ from tests.serving import serve
 from tests.test_readme import blocks
 from tieredlimit import (
     Account,
+    BackendError,
     Denied,
     Limiter,
     TieredLimitMiddleware,
@@ -296,6 +297,16 @@ async def test_what_identify_raises_to_answer_the_request_answers_it(limiter: Li
     assert (denied.status_code, denied.json()["reason"]) == (403, "zero")
 
 
+async def test_answer_without_a_body_may_be_one(limiter: Limiter) -> None:
+    def nothing(_: HTTPConnection) -> Account:
+        raise HTTPException(204)
+
+    async with asking(usage_app(limiter, nothing)) as client:
+        answer = await client.get("/")
+
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
 async def test_what_is_no_account_is_a_client_without_one(limiter: Limiter) -> None:
     await limiter.take(Account("192.0.2.1", anonymous=True), "image", 2)
 
@@ -466,6 +477,21 @@ async def test_websocket_is_closed_before_it_is_accepted(limiter: Limiter) -> No
     await usage_app(limiter)({"type": "websocket", "path": "/", "headers": []}, receive, send)
 
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+async def test_startup_fails_where_there_is_no_policy_to_decide_by() -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with pytest.raises(BackendError, match="no policy is stored"):
+        await usage_app(Limiter(stored(), MemoryBackend()))({"type": "lifespan"}, receive, send)
+
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
 
 
 def test_it_is_a_whole_application_under_a_real_server_and_on_redis(redis_url: str) -> None:
