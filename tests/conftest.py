@@ -38,6 +38,7 @@ settings.register_profile("default", deadline=None, derandomize=False, print_blo
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+NAMED = "TIEREDLIMIT_POLICY" in os.environ
 covered = pytest.StashKey[set[str]]()
 COVERED = "tieredlimit_covered"
 """Where a process that shares the tests with others tells what it has covered."""
@@ -112,6 +113,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 raise pytest.UsageError(f"{item.nodeid}: no fault {unknown} in {FAULTS.name}")
             seen.update(marker.args)
     config.stash[covered] = seen
+
+
+def pytest_collection_finish() -> None:
+    # An example that is imported names its policy in the environment, where none is named.
+    if not NAMED:
+        os.environ.pop("TIEREDLIMIT_POLICY", None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -128,6 +128,8 @@ def _masked(text: str) -> str:
     text = re.sub(r"(ahead of|behind) this host", "beside this host", text)
     text = re.sub(r"[\d,.]*\d", "N", text)
     text = re.sub(r"\bN (second|minute|hour|day)s?( N (second|minute|hour|day)s?)?\b", "SPAN", text)
+    # Told only where somebody was admitted before the last worker followed.
+    text = re.sub(r"\n *admitted by the exceptions named above, or just before [^\n]*", "", text)
     # Columns are as wide as their content.
     return re.sub(r"[ ]{2,}", "  ", text)
 

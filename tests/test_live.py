@@ -866,6 +866,9 @@ class TestCalls:
     ) -> None:
         operator = redis_house.limiter()
         workers = [await redis_house.worker() for _ in range(2)]
+        for worker in workers:
+            # What each looked at when it began must not be under way any more.
+            await worker._force._followers[asyncio.get_running_loop()].refresh()
         loads = [count_heads(worker, monkeypatch) for worker in workers]
 
         for number in (1, 2):

@@ -648,7 +648,7 @@ class TestOutages:
         sent = decisions_sent(backend, monkeypatch)
 
         # More than all buffers between us and the server hold.
-        huge = Charge("k" * 40_000_000, image, 1)
+        huge = Charge(image.prefix + "k" * 40_000_000, image, 1)
         failures = await asyncio.gather(
             *(backend.take([huge]) for _ in range(5)), return_exceptions=True
         )

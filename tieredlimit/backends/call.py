@@ -186,10 +186,8 @@ def fail_all(decisions: Iterable[Waiting], why: str, cause: BaseException | None
 
 
 def tag_of(charges: Sequence[Charge], stamp: Stamp | None = None) -> str:
-    """Return the hash tag of a decision's keys, without its braces."""
+    """Return the hash tag of a decision's keys, without its braces; empty where there is none."""
     if stamp is not None:
         return stamp.tag
-    if not charges:
-        return ""
-    key = charges[0].key
-    return key[key.index("{") + 1 : key.index("}")]
+    key = charges[0].key if charges else ""
+    return key.partition("{")[2].partition("}")[0]
