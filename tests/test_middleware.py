@@ -180,9 +180,26 @@ class TestWhereItHolds:
         assert [await status("/api/images", "/api") for _ in range(3)] == [200, 200, 429]
         assert await status("/images", "/api") == 429
         assert await status("/api/images", "") == 200
-        assert await status("/imagesimages", "/images") == 200
         assert await status("/images", "/images") == 200
         assert await status("/images/images", "/images") == 429
+
+    @pytest.mark.parametrize(
+        ("path", "root"),
+        [
+            ("/apiimages", "/api"),
+            ("/api/images", "/api/"),
+            ("/x/api/images", "/api"),
+            ("/x/apiimages", "/api"),
+            ("images", ""),
+            ("http://test/images", ""),
+        ],
+    )
+    async def test_path_that_only_some_routers_serve_is_metered(self, path: str, root: str) -> None:
+        app = behind(limiter_of(), plain)
+
+        made = [(await run(app, path=path, root_path=root))[0]["status"] for _ in range(3)]
+
+        assert made == [200, 200, 429]
 
     async def test_inside_a_mount_paths_are_below_the_mount(self) -> None:
         inner = behind(limiter_of(), Starlette(routes=[Route("/images", ok, methods=["POST"])]))

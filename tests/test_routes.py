@@ -7,6 +7,7 @@ import sys
 from itertools import chain, count, product
 from random import Random
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 import pytest
 from hypothesis import example, given
@@ -217,12 +218,30 @@ def test_template_covers_what_the_router_accepts(route: str, path: str) -> None:
         ("GET /a/{x:path}bb{y:path}b", "/a/bb"),
         ("GET /a/{x:path}/b/{y:path}/c", "/a/1/c/2/b"),
         ("GET /a/{x:path}-{id}z{y:path}c", "/a/-/-z/-/c"),
-        ("GET /images", "images"),
-        ("GET /{rest:path}", "*"),
+        ("GET /images", "x/images"),
+        ("GET /images", "http://[/images"),
+        ("GET /images", "http://host"),
     ],
 )
 def test_template_covers_no_more_than_its_spellings(route: str, path: str) -> None:
     assert matcher(route).match("GET", path) is None
+
+
+@pytest.mark.parametrize(
+    ("route", "path"),
+    [
+        ("GET /images", "images"),
+        ("GET /images", "images/"),
+        ("GET /images", "http://host/images"),
+        ("GET /images", "http://host//images"),
+        ("GET /images", "http://host/images;x=1"),
+        ("GET /images", "http://host/images?x"),
+        ("GET /images", "host:/images#x"),
+        ("GET /{rest:path}", "*"),
+    ],
+)
+def test_path_without_a_first_slash_is_covered_as_routers_read_it(route: str, path: str) -> None:
+    assert matcher(route).match("GET", path) == route
 
 
 def test_no_template_matches_nothing() -> None:
@@ -446,15 +465,24 @@ def covers(template: str, path: str) -> bool:
     )
     bare = expression.rstrip("/") or "/"
     path = path or "/"
+    if not path.startswith("/"):
+        return covers(template, f"/{path}") or covers(template, quarts_path(path))
     single = re.sub("/+", "/", path)
     spellings = [path, single]
     spellings += [spelling.removesuffix("\n").rstrip("/") or "/" for spelling in (path, single)]
     mounted = (text for one in dict.fromkeys(spellings) for text in begun_anew(one))
-    return path.startswith("/") and any(
+    return any(
         re.match(f"(?:{form})$", spelling, re.DOTALL)
         for spelling in chain(spellings, mounted if path.endswith("\n") else ())
         for form in (expression, bare)
     )
+
+
+def quarts_path(path: str) -> str:
+    try:
+        return "/" + urlparse(path).path.lstrip("/")
+    except ValueError:
+        return "/ "  # what it answers 500, and no template covers
 
 
 def begun_anew(path: str) -> Iterator[str]:

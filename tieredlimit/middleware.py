@@ -192,8 +192,14 @@ class TieredLimitMiddleware:
         if not limiter.enabled or (method == "OPTIONS" and _is_preflight(scope)):
             return None
         root = self._root_path or scope.get("root_path")
-        path, outside_root = _route_path(scope["path"], root) if root else (scope["path"], False)
-        return limiter.match(method, path, outside_root=outside_root)
+        if not root:
+            return limiter.match(method, scope["path"])
+        path, outside_root = _route_path(scope["path"], root)
+        metered = limiter.match(method, path, outside_root=outside_root)
+        if metered is None and root in path:
+            # Litestar and Quart cut the root path off in mid-segment, and anywhere.
+            metered = limiter.match(method, f"/{path.split(root, 1)[1]}")
+        return metered
 
     def _rematch(self, scope: Scope) -> tuple[str, int]:
         metered = self._metered(scope)
@@ -267,10 +273,11 @@ def _own_root_path(app: ASGIApp) -> str:
     """Return the root path that the application itself gives each request, "" where none does.
 
     FastAPI with a `root_path` does so, and its router then matches below it what comes with it.
+    Quart's is something else, the folder of the module that it was made in.
     """
     for _ in range(_MOST_WRAPPED):
         root = getattr(app, "root_path", "")
-        if root and isinstance(root, str):
+        if root and isinstance(root, str) and not hasattr(app, "import_name"):
             return root
         app = getattr(app, "app", None)  # type: ignore[assignment]  # None has neither
     return ""

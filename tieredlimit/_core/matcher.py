@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
+from urllib.parse import urlparse
 
 from tieredlimit._core.glob import Glob
 from tieredlimit._core.routes import PART, REST, Route, covered_methods
@@ -44,7 +45,8 @@ class Matcher(Generic[T]):
         method = method.upper()
         path = path or "/"
         if path[0] != "/":
-            return None
+            found = (self.match(method, one, outside_root=outside_root) for one in _rooted(path))
+            return next((value for value in found if value is not None), None)
         static = self._written.static.get(path)
         if static is not None and (hit := static.get(method) or static.get(None)) is not None:
             return hit[0]
@@ -59,6 +61,19 @@ class Matcher(Generic[T]):
                 mounted = (self._bare.find_mounted(method, one) for one in (path, *spellings))
                 hit = next(filter(None, mounted), None)
         return hit[0] if hit else None
+
+
+def _rooted(path: str) -> Iterator[str]:
+    """Yield what routers make of a path without a first slash: Litestar and Quart serve those.
+
+    Some servers pass on `POST v1/images` and `POST http://host/v1/images` as they came.
+    """
+    yield f"/{path}"
+    try:
+        # As Quart does, which so cuts off `;params`, and what was an encoded `?` or `#`.
+        yield f"/{urlparse(path).path.lstrip('/')}"
+    except ValueError:
+        return
 
 
 def _spellings(path: str) -> list[str]:
