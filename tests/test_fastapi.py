@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi import (
+    APIRouter,
+    BackgroundTasks,
+    Depends,
+    FastAPI,
+    Header,
+    HTTPException,
+    Request,
+    WebSocket,
+)
+from fastapi.responses import StreamingResponse
 
 from examples import fastapi_app
-from tieredlimit import Account, Decision, Limiter, TieredLimitMiddleware, UsageError
-from tieredlimit.integrations.fastapi import document_denials, limited
+from tests.framework_contract import DONE, GATE, WORD, WebSocketContract, hold, payer, price
+from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
+from tieredlimit.integrations.fastapi import (
+    denied,
+    document_denials,
+    feature_of,
+    limited,
+    limits_of,
+)
+from tieredlimit.integrations.starlette import limited as limited_endpoint
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 POLICY: dict[str, Any] = {
     "order": ["pro", "everyone"],
@@ -211,6 +232,115 @@ def test_openapi_document_keeps_what_the_application_said_of_a_status(limiter: L
     document_denials(app, limiter)
 
     assert app.openapi()["paths"]["/routed"]["post"]["responses"]["429"] == said[429]
+
+
+async def subject(x_who: Annotated[str, Header()] = "") -> Account | None:
+    """Name who pays, as the contract's identify does."""
+    if x_who == "stranger":
+        raise HTTPException(401, "who are you?", {"www-authenticate": "Key"})
+    return Account(x_who, plan="banned" if x_who == "mallory" else "free") if x_who else None
+
+
+image_of_subject = Depends(limited("image", account=subject))
+router = APIRouter()
+
+
+@router.post("/images")
+@router.get("/images/{id}")
+@router.post("/limited", dependencies=[image_of_subject])
+async def image(request: Request) -> dict[str, Any]:
+    return {"feature": feature_of(request)}
+
+
+@router.post("/limited-sync", dependencies=[image_of_subject])
+def limited_sync(request: Request) -> dict[str, Any]:
+    return {"feature": feature_of(request)}
+
+
+@router.post("/class")
+@limited_endpoint("image")
+async def decorated(request: Request) -> dict[str, Any]:
+    return {"feature": feature_of(request)}
+
+
+@router.post("/both", dependencies=[Depends(limited("image"))])
+@router.post("/taken")
+async def taken(request: Request) -> dict[str, Any]:
+    (await limits_of(request).take("image")).raise_if_denied()
+    return {"feature": feature_of(request)}
+
+
+@router.post("/costly")
+@limited_endpoint("video", cost=price, account=payer)
+async def costly(request: Request) -> dict[str, Any]:
+    return {"left": limits_of(request).decisions["video"].remaining}
+
+
+@router.post("/costly-sync")
+@limited_endpoint("video", cost=price, account=payer)
+def costly_sync(request: Request) -> dict[str, Any]:
+    return {"left": limits_of(request).decisions["video"].remaining}
+
+
+@router.post("/crash")
+@router.get("/free-crash")
+async def crash() -> None:
+    raise RuntimeError("crash")
+
+
+@router.get("/stream")
+async def stream() -> StreamingResponse:
+    return StreamingResponse(hold([b"first", b"last"]))
+
+
+@router.post("/background")
+async def background(tasks: BackgroundTasks) -> None:
+    async def work() -> None:
+        await GATE.get().wait()
+        DONE.get().set()
+
+    tasks.add_task(work)
+
+
+@router.get("/free")
+async def free(request: Request) -> dict[str, Any]:
+    return {"feature": feature_of(request), "word": WORD.get()}
+
+
+@router.websocket("/socket")
+@router.websocket("/limited-socket", dependencies=[Depends(limited("image"))])
+async def socket(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.send_text("hello")
+    await websocket.close()
+
+
+def whole() -> FastAPI:
+    api, mounted, app = APIRouter(prefix="/api"), FastAPI(), FastAPI()
+    api.add_api_route("/images", image, methods=["POST"])
+    mounted.add_api_route("/pictures", image, methods=["POST"])
+    app.include_router(router)
+    app.include_router(api)
+    app.mount("/mounted", mounted)
+    return app
+
+
+class TestFastAPI(WebSocketContract):
+    stranger = b'{"detail":"who are you?"}'
+
+    def build(self, limiter: Limiter, **options: Any) -> ASGIApp:
+        app = whole()
+        app.add_middleware(TieredLimitMiddleware, limiter=limiter, **options)
+        return app
+
+
+class TestFastAPIWrappedFromOutside(WebSocketContract):
+    stranger = TestFastAPI.stranger
+
+    def build(self, limiter: Limiter, **options: Any) -> ASGIApp:
+        app = whole()
+        app.add_exception_handler(Denied, denied)
+        return TieredLimitMiddleware(app, limiter=limiter, **options)
 
 
 async def test_example_denies_video_to_who_has_not_paid_and_asks_strangers_for_a_key() -> None:

@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any, cast
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from tieredlimit._core.fields import Field
+from tieredlimit.answering import Answering, rendered
 from tieredlimit.decision import STATUSES, Decision, Reason
-from tieredlimit.ending import left_after
 from tieredlimit.errors import BackendError, Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
@@ -24,10 +23,6 @@ __all__ = ["OnDenied", "TieredLimitMiddleware"]
 
 OnDenied = Callable[[Scope, Decision], ASGIApp | Awaitable[ASGIApp | None] | None]
 """From a denied request to the ASGI application that answers it; None for the built-in answer."""
-
-_WITH_HEADERS = frozenset(
-    {"http.response.start", "websocket.accept", "websocket.http.response.start"}
-)
 
 _MOST_WRAPPED = 32
 
@@ -127,40 +122,22 @@ class TieredLimitMiddleware:
 
     async def _run(self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; show its limits on the way back, and see to its end."""
-        legacy = self._legacy_fields
-        started = False
-        left: int | None = None
         ending = limits.ending
         if self.limiter.refunds:
             receive = ending.watch(receive)
-
-        async def send_with_limits(message: Message) -> None:
-            nonlocal started, left
-            kind = message["type"]
-            if ending.needed:
-                left = left_after(message, left, scope.get("method", ""))
-                await ending.before(message, started=started, last=left == 0)
-            if kind in _WITH_HEADERS:
-                started = True
-                if limits.decisions and not limits.denied:
-                    fields = limits.fields(legacy=legacy)
-                    if fields:
-                        headers = _replace(message.get("headers", ()), fields)
-                        message = {**message, "headers": headers}
-            elif kind == "websocket.close":
-                started = True
-            await send(message)
-
+        answer = Answering(limits, scope, receive, send, self._denial, legacy=self._legacy_fields)
         try:
-            await self.app(scope, receive, send_with_limits)
+            await self.app(scope, receive, answer.send_with_limits)
+            if limits.refusal is not None:
+                await answer.refuse()
         except Denied as denied:
-            if started:
+            if answer.started:
                 raise
-            answer = await self._denial(limits, denied.decision, scope)
+            denial = await self._denial(limits, denied.decision, scope)
             # Its status counts as any: what else was taken may be given back.
-            await answer(scope, receive, send_with_limits)
+            await denial(scope, receive, answer.send_with_limits)
         except Exception as exc:
-            if not started:
+            if not answer.started:
                 await ending.failed(exc)
             raise
 
@@ -189,7 +166,7 @@ class TieredLimitMiddleware:
         """Return the feature and the cost that a request is metered as, None if it is not."""
         limiter = self.limiter
         method = scope.get("method", "GET")
-        if not limiter.enabled or (method == "OPTIONS" and _is_preflight(scope)):
+        if not limiter.enabled or (method == "OPTIONS" and is_preflight(scope)):
             return None
         root = self._root_path or scope.get("root_path")
         if not root:
@@ -199,6 +176,9 @@ class TieredLimitMiddleware:
         if metered is None and root in path:
             # Litestar and Quart cut the root path off in mid-segment, and anywhere.
             metered = limiter.match(method, f"/{path.split(root, 1)[1]}")
+        if metered is None and "path_template" in scope:
+            # Litestar has cut it off already, where we are among its own middleware.
+            metered = limiter.match(method, scope["path"])
         return metered
 
     def _rematch(self, scope: Scope) -> tuple[str, int]:
@@ -211,15 +191,18 @@ class TieredLimitMiddleware:
         self, limits: RequestLimits, scope: Scope, feature: str, cost: int
     ) -> ASGIApp | None:
         """Charge the request, and return its answer where it must not go on."""
+        limits.metered = feature
         decision = limits.decisions.get(feature)
         if decision is None:
             try:
                 rematch = partial(self._rematch, scope)
                 decision = await limits.take_first(feature, cost, None, rematch)
+                limits.metered = decision.feature
             except _UnmeteredError:
+                limits.metered = None
                 return None
             except HTTPException as answer:
-                return _rendered(answer, scope)
+                return rendered(answer, scope)
             except Denied as denied:
                 decision = denied.decision
             except Exception as exc:  # noqa: BLE001 -- our own trouble must never be a 500
@@ -295,15 +278,10 @@ def _route_path(path: str, root: str) -> tuple[str, bool]:
     return path, True
 
 
-def _is_preflight(scope: Scope) -> bool:
+def is_preflight(scope: Scope) -> bool:
+    """Say whether a request of OPTIONS is a browser's, that asks before it sends another."""
     names = {name.lower() for name, _ in scope["headers"]}
     return b"origin" in names and b"access-control-request-method" in names
-
-
-def _replace(headers: Any, fields: list[Field]) -> list[Field]:
-    """Return the headers with our fields in place of the application's of the same names."""
-    ours = [name for name, _ in fields]
-    return [header for header in headers if header[0].lower() not in ours] + fields
 
 
 async def _unready(scope: Scope, receive: Receive, send: Send) -> None:
@@ -313,17 +291,3 @@ async def _unready(scope: Scope, receive: Receive, send: Send) -> None:
         return
     headers = {"retry-after": "1", "cache-control": "no-store"}
     await PlainTextResponse("Service Unavailable", 503, headers)(scope, receive, send)
-
-
-def _rendered(answer: HTTPException, scope: Scope) -> ASGIApp:
-    """Return what Starlette's exception middleware, which is behind us, would have answered."""
-    offered = scope.get("extensions") or {}
-    if scope["type"] == "websocket" and "websocket.http.response" not in offered:
-        return WebSocketClose(1008)
-    status, headers = answer.status_code, answer.headers
-    detail: object = answer.detail
-    if status in (204, 304):
-        return Response(status_code=status, headers=headers)
-    if isinstance(detail, str):
-        return PlainTextResponse(detail, status, headers)
-    return JSONResponse({"detail": detail}, status, headers)  # FastAPI's may be anything

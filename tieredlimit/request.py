@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
-from tieredlimit.decision import Decision
+from tieredlimit.decision import STATUSES, Decision
 from tieredlimit.ending import Ending
 from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer, Identify, resolve
@@ -32,6 +32,9 @@ class RequestLimits:
         decisions: What was decided so far, by feature.
         denied: True once the middleware answers with a denial, whose fields then stand.
         ending: What is done at the end of the response.
+        metered: The feature that the middleware has metered the request as, None if none.
+        refusal: What `refuse` was told, None for nothing.
+        refused: Whether the middleware has answered with that; None until it begins to.
     """
 
     __slots__ = (
@@ -46,6 +49,9 @@ class RequestLimits:
         "denied",
         "ending",
         "limiter",
+        "metered",
+        "refusal",
+        "refused",
     )
 
     def __init__(
@@ -59,6 +65,9 @@ class RequestLimits:
         self._scope = scope
         self.decisions: dict[str, Decision] = {}
         self.denied = False
+        self.metered: str | None = None
+        self.refusal: Denied | HTTPException | None = None
+        self.refused: bool | None = None
         self._identify = identify
         self._anonymous = anonymous
         self._account: Account | None = None
@@ -202,6 +211,18 @@ class RequestLimits:
         )
         (await reservation.take()).raise_if_denied()
         return reservation
+
+    def refuse(self, refusal: Denied | HTTPException) -> int:
+        """Have the middleware answer with a refusal, in place of what the application will send.
+
+        For frameworks that would make an error page of what is raised. What the application still
+        answers is dropped, but for header fields that say nothing of a body, such as cookies. Where
+        an answer has begun already, it is too late. Returns the usual status of such an answer.
+        """
+        self.refusal = refusal
+        if isinstance(refusal, Denied):
+            return STATUSES[refusal.decision.reason]
+        return refusal.status_code
 
     def fields(self, *, legacy: bool) -> list[Field]:
         """Return the response fields of everything taken, each field once."""

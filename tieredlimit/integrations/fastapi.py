@@ -13,16 +13,16 @@ from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
 from tieredlimit.decision import STATUSES, Decision, Reason
-from tieredlimit.errors import UsageError
+from tieredlimit.integrations.endpoints import feature_of, limits_of
+from tieredlimit.integrations.starlette import denied
 from tieredlimit.limiter import Limiter
-from tieredlimit.request import STATE_KEY, RequestLimits
 
 try:
     from fastapi import Depends, FastAPI, routing
 except ImportError as exc:  # pragma: no cover -- the tests have FastAPI
     raise ImportError("FastAPI is missing: pip install tieredlimit[fastapi]") from exc
 
-__all__ = ["document_denials", "limited"]
+__all__ = ["denied", "document_denials", "feature_of", "limited", "limits_of"]
 
 _FEATURE = "tieredlimit_feature"
 _PROBLEM = "TieredLimitProblem"
@@ -44,9 +44,7 @@ def limited(
     """
 
     async def charge(connection: HTTPConnection, subject: Account | None) -> Decision:
-        limits = connection.scope.get("state", {}).get(STATE_KEY)
-        if not isinstance(limits, RequestLimits):
-            raise UsageError(f'limited("{feature}") needs TieredLimitMiddleware on the application')
+        limits = limits_of(connection, f'limited("{feature}")')
         decision = await limits.take(feature, cost, account=subject)
         decision.raise_if_denied()
         return decision
