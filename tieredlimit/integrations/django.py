@@ -1,0 +1,119 @@
+"""Django under ASGI: quotas as a decorator of views, for features that are charged there.
+
+Needs `pip install "tieredlimit[django]"`, and `TieredLimitMiddleware` around
+`get_asgi_application()`. A feature that is only ever taken here needs no `routes` in the policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
+
+from tieredlimit.errors import Denied, UsageError
+from tieredlimit.identity import Answer
+from tieredlimit.integrations.endpoints import Door, feature_of, limits_of
+
+try:
+    from django.http import HttpRequest, HttpResponse
+except ImportError as exc:
+    raise ImportError('Django is missing: pip install "tieredlimit[django]"') from exc
+
+__all__ = ["DeniedMiddleware", "feature_of", "limited", "limits_of"]
+
+_View = TypeVar("_View", bound=Callable[..., Any])
+
+
+def limited(
+    feature: str,
+    *,
+    cost: int | Callable[[Any], int | Awaitable[int]] = 1,
+    account: Callable[[Any], Answer] | None = None,
+) -> Callable[[_View], _View]:
+    """Return a decorator that charges a feature before a view runs, or denies the request.
+
+    For views async or not, and by Django's `method_decorator` for classes:
+    `@method_decorator(limited("video"), name="dispatch")`, or on single methods. A plain view stays
+    one, and runs in its thread; what is charged for it is asked on the event loop. A feature is
+    charged once per request: where the middleware or another decorator has charged it, that stands.
+
+    Args:
+        feature: The feature's name.
+        cost: The tokens to charge, or a function of the request that gives them, async or not.
+        account: A function of the request that gives the account to charge, async or not. None, or
+            what gives None, leaves it to the middleware's `identify`. Both functions are called
+            where the view is: for a plain one in its thread, where they may use the database.
+
+    Raises:
+        UsageError: The cost cannot be one. When called: the middleware is missing, as it is under
+            WSGI, or the feature unknown.
+    """
+    door: Door[Any] = Door(feature, cost, account)
+
+    def decorate(view: _View) -> _View:
+        if isinstance(view, type) or not callable(view):
+            raise UsageError(
+                f'limited("{feature}") decorates a view, got {view!r:.80}; for a class, write '
+                '@method_decorator(limited(…), name="dispatch")'
+            )
+
+        async def awaited(request: Any, *args: Any, **kwargs: Any) -> Any:
+            status = await door.charge(request, door.asked(request, request))
+            if status is not None:
+                return HttpResponse(status=status)  # the middleware answers instead
+            answer = view(request, *args, **kwargs)
+            return await answer if inspect.isawaitable(answer) else answer
+
+        @wraps(view)
+        def limited_view(request: Any, *args: Any, **kwargs: Any) -> Any:
+            if of_coroutines or _is_on_event_loop():
+                # The latter is a class of async methods, whose `dispatch` is a plain one.
+                return awaited(request, *args, **kwargs)
+            status = async_to_sync(door.charge)(request, door.asked(request, request))
+            if status is not None:
+                return HttpResponse(status=status)
+            return view(request, *args, **kwargs)
+
+        of_coroutines = iscoroutinefunction(view)
+        if of_coroutines:
+            markcoroutinefunction(limited_view)
+        return cast(_View, limited_view)  # called as it was
+
+    return decorate
+
+
+class DeniedMiddleware:
+    """Answer what a view's `decision.raise_if_denied()` raised, where Django would answer 500.
+
+    Name it in `MIDDLEWARE`: `"tieredlimit.integrations.django.DeniedMiddleware"`.
+    """
+
+    sync_capable = True
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        self.get_response = get_response
+        if iscoroutinefunction(get_response):
+            markcoroutinefunction(self)
+
+    def __call__(self, request: HttpRequest) -> Any:
+        """Pass the request on."""
+        return self.get_response(request)
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
+        """Return the answer to a denial, None for any other exception."""
+        if not isinstance(exception, Denied):
+            return None
+        return HttpResponse(status=limits_of(request).refuse(exception))
+
+
+def _is_on_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
