@@ -20,7 +20,7 @@ from fastapi import (
 from fastapi.responses import StreamingResponse
 
 from examples import fastapi_app
-from tests.framework_contract import DONE, GATE, WORD, WebSocketContract, hold, payer, price
+from tests.framework_contract import DONE, GATE, WORD, WebSocketContract, ask, hold, payer, price
 from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
 from tieredlimit.integrations.fastapi import (
     denied,
@@ -341,6 +341,18 @@ class TestFastAPIWrappedFromOutside(WebSocketContract):
         app = whole()
         app.add_exception_handler(Denied, denied)
         return TieredLimitMiddleware(app, limiter=limiter, **options)
+
+
+async def test_request_that_is_invalid_is_charged_all_the_same(limiter: Limiter) -> None:
+    app = FastAPI()
+    app.add_middleware(TieredLimitMiddleware, limiter=limiter)
+
+    @app.post("/", dependencies=[Depends(limited("image"))])
+    async def handler(seconds: int) -> None: ...
+
+    answers = [await ask(app, "POST /") for _ in range(3)]
+
+    assert [answer.status for answer in answers] == [422, 422, 429]
 
 
 async def test_example_denies_video_to_who_has_not_paid_and_asks_strangers_for_a_key() -> None:

@@ -142,18 +142,18 @@ def quart_with_mount() -> Quart:
 class TestQuart(WebSocketContract):
     def build(self, limiter: Limiter, **options: Any) -> ASGIApp:
         app = quart_with_mount()
-        app.asgi_app = TieredLimitMiddleware(app.asgi_app, limiter=limiter, **options)  # type: ignore[method-assign, assignment, arg-type]  # as Quart's guide does
+        app.asgi_app = TieredLimitMiddleware(app.asgi_app, limiter=limiter, **options)  # type: ignore[method-assign, assignment]  # as Quart's guide does
         return app  # type: ignore[return-value]  # Hypercorn's types say the same
 
 
 class TestQuartWrappedFromOutside(WebSocketContract):
     def build(self, limiter: Limiter, **options: Any) -> ASGIApp:
-        return TieredLimitMiddleware(quart_with_mount(), limiter=limiter, **options)  # type: ignore[arg-type]  # Hypercorn's types say the same
+        return TieredLimitMiddleware(quart_with_mount(), limiter=limiter, **options)
 
 
 async def test_folder_of_a_quart_application_is_no_root_path() -> None:
     async with Limiter(POLICY) as limiter:
-        app: Any = TieredLimitMiddleware(quart(), limiter=limiter)  # type: ignore[arg-type]  # Hypercorn's types say the same
+        app: Any = TieredLimitMiddleware(quart(), limiter=limiter)
 
         made = [
             (await call(app, "POST", "/root/images", root_path="/root")).status for _ in range(3)
@@ -174,7 +174,7 @@ async def test_denial_in_a_view_keeps_what_the_application_gives_every_answer() 
             return response
 
         seen: list[int] = []
-        wrapped: Any = TieredLimitMiddleware(app, limiter=limiter, identify=identify)  # type: ignore[arg-type]  # Hypercorn's types say the same
+        wrapped: Any = TieredLimitMiddleware(app, limiter=limiter, identify=identify)
         denied = await ask(wrapped, "POST /limited", x_who="mallory")
 
     assert (denied.status, denied.headers["x-around"]) == (403, "yes")
@@ -203,7 +203,7 @@ def test_what_is_no_view_is_refused_where_it_is_decorated() -> None:
 @pytest.mark.parametrize("target", ["images", "http://test/images", "http://test/images;x=1"])
 async def test_odd_targets_that_a_real_server_passes_on_are_metered(target: str) -> None:
     limiter = Limiter(POLICY)
-    app: Any = TieredLimitMiddleware(quart(), limiter=limiter)  # type: ignore[arg-type]  # Hypercorn's types say the same
+    app: Any = TieredLimitMiddleware(quart(), limiter=limiter)
 
     with serve(app, http="h11") as url:
         made = [await status_of(url, f"POST {target} HTTP/1.1") for _ in range(3)]

@@ -24,6 +24,9 @@ __all__ = ["OnDenied", "TieredLimitMiddleware"]
 OnDenied = Callable[[Scope, Decision], ASGIApp | Awaitable[ASGIApp | None] | None]
 """From a denied request to the ASGI application that answers it; None for the built-in answer."""
 
+AnyASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+"""An ASGI application, in whichever framework's types."""
+
 _MOST_WRAPPED = 32
 
 
@@ -58,7 +61,7 @@ class TieredLimitMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: AnyASGIApp,
         *,
         limiter: Limiter,
         identify: Identify | None = None,
@@ -252,7 +255,7 @@ class TieredLimitMiddleware:
             raise
 
 
-def _own_root_path(app: ASGIApp) -> str:
+def _own_root_path(app: AnyASGIApp) -> str:
     """Return the root path that the application itself gives each request, "" where none does.
 
     FastAPI with a `root_path` does so, and its router then matches below it what comes with it.

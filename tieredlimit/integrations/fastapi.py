@@ -1,6 +1,6 @@
 """FastAPI: quotas as dependencies, for applications that authenticate in dependencies.
 
-Needs `pip install tieredlimit[fastapi]`, and `TieredLimitMiddleware` on the application, which
+Needs `pip install "tieredlimit[fastapi]"`, and `TieredLimitMiddleware` on the application, which
 renders the denials. A feature that is only ever taken here needs no `routes` in the policy.
 """
 
@@ -20,7 +20,7 @@ from tieredlimit.limiter import Limiter
 try:
     from fastapi import Depends, FastAPI, routing
 except ImportError as exc:  # pragma: no cover -- the tests have FastAPI
-    raise ImportError("FastAPI is missing: pip install tieredlimit[fastapi]") from exc
+    raise ImportError('FastAPI is missing: pip install "tieredlimit[fastapi]"') from exc
 
 __all__ = ["denied", "document_denials", "feature_of", "limited", "limits_of"]
 
