@@ -31,7 +31,7 @@ async def create_image(_: HttpRequest) -> JsonResponse:
     return JsonResponse({"image": "ready"})
 
 
-@limited("video", cost=lambda request: min(request.resolver_match.kwargs["seconds"], 60))
+@limited("video", cost=lambda request: max(1, min(request.resolver_match.kwargs["seconds"], 60)))
 def create_video(_: HttpRequest, seconds: int) -> JsonResponse:
     """Make a video."""
     return JsonResponse({"video": f"{seconds} seconds"})

@@ -18,7 +18,9 @@ POLICY = {
     },
 }
 ACCOUNTS = {"key-ada": Account("ada", plan="pro"), "key-bob": Account("bob", plan="free")}
-by_seconds = limited("video", cost=lambda connection: min(connection.path_params["seconds"], 60))
+by_seconds = limited(
+    "video", cost=lambda connection: max(1, min(connection.path_params["seconds"], 60))
+)
 
 
 @post("/v1/images")

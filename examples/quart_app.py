@@ -33,7 +33,7 @@ async def create_image() -> dict[str, str]:
 
 
 @app.post("/v1/videos/<int:seconds>")
-@limited("video", cost=lambda request: min(request.view_args["seconds"], 60))
+@limited("video", cost=lambda request: max(1, min(request.view_args["seconds"], 60)))
 async def create_video(seconds: int) -> dict[str, str]:
     """Make a video."""
     return {"video": f"{seconds} seconds"}

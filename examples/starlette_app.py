@@ -29,7 +29,7 @@ async def create_image(_: Request) -> JSONResponse:
     return JSONResponse({"image": "ready"})
 
 
-@limited("video", cost=lambda request: min(int(request.path_params["seconds"]), 60))
+@limited("video", cost=lambda request: max(1, min(request.path_params["seconds"], 60)))
 async def create_video(_: Request) -> JSONResponse:
     """Make a video."""
     return JSONResponse({"video": "queued"})
