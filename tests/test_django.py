@@ -208,6 +208,7 @@ def plain_middleware(get_response: Any) -> Any:
         response: HttpResponse = get_response(request)
         response["x-around"] = "yes"
         response["content-security-policy"] = "none"
+        response["etag"] = '"of the body that this comes with"'
         response.set_cookie("seen", "1")
         return response
 
