@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from tieredlimit import Account, Decision, Limiter, UsageError
+from tieredlimit.backends import RedisBackend
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -211,7 +212,7 @@ async def connect(app: ASGIApp, path: str, *, extension: bool = False) -> Answer
 def _scope(kind: str, path: str, **more: Any) -> dict[str, Any]:
     return {
         "type": kind,
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.1",
         "scheme": "http",
         "path": path,
@@ -529,7 +530,8 @@ class FrameworkContract(Framework):
         assert len(ran) > len(PATHS)  # the plain ones at least, below each root
 
     async def test_plain_and_async_handlers_share_a_bucket_on_redis(self, redis_url: str) -> None:
-        async with Limiter(POLICY, redis_url) as limiter:
+        backend = RedisBackend.from_url(redis_url, timeout=PATIENCE)
+        async with Limiter(POLICY, backend) as limiter:
             app = self.build(limiter, identify=identify)
 
             made = [
