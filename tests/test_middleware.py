@@ -31,7 +31,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from tests.servers import Monitor
-from tests.serving import serve, serve_workers
+from tests.serving import serve
 from tests.test_limiter import PATIENT, Broken, Clock, Spy
 from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
 from tieredlimit.backends import MemoryBackend, RedisBackend
@@ -1228,60 +1228,6 @@ class TestLifespan:
             answers = [httpx.post(f"{url}/images") for url in (one, other, one, other)]
 
         assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
-
-    def test_workers_share_their_quotas(self, redis_url: str, tmp_path: Path) -> None:
-        (tmp_path / "workers_app.py").write_text(WORKERS, "utf-8")
-        pids: set[str] = set()
-        codes: list[int] = []
-
-        with serve_workers("workers_app:app", tmp_path, 2, WORKERS_REDIS=redis_url) as url:
-            while len(pids) < 2 and len(codes) < 2_000:
-                answer = httpx.post(f"{url}/images", timeout=20)
-                pids.add(answer.headers["x-pid"])
-                codes.append(answer.status_code)
-            codes += [httpx.post(f"{url}/images", timeout=20).status_code for _ in range(20)]
-
-        assert len(pids) == 2
-        assert codes.count(200) == 10
-        assert set(codes) == {200, 429}
-
-
-WORKERS = """
-import os
-from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
-from tieredlimit import Limiter, TieredLimitMiddleware
-from tieredlimit.backends import RedisBackend
-
-POLICY = {
-    "features": {"image": {"routes": ["POST /images"], "outage": "deny"}},
-    "tiers": {"everyone": {"quotas": {"image": "10/day"}}},
-}
-
-
-async def ok(request):
-    return PlainTextResponse("done")
-
-
-class Pid:
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def send_with_pid(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-pid", b"%d" % os.getpid())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_pid)
-
-
-app = Starlette(routes=[Route("/images", ok, methods=["POST"])])
-backend = RedisBackend.from_url(os.environ["WORKERS_REDIS"], timeout=5.0)
-app.add_middleware(TieredLimitMiddleware, limiter=Limiter(POLICY, backend))
-app.add_middleware(Pid)
-"""
 
 
 class TestOverTheWire:
