@@ -43,12 +43,12 @@ from tieredlimit.backends import redis_control as redis_module
 from tieredlimit.backends.control import (
     ControlStore,
     MemoryControl,
-    RedisControl,
     control_store,
     shard_key,
 )
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.nodes import Nodes, Route
+from tieredlimit.backends.redis_control import RedisControl
 from tieredlimit.errors import ConflictError, RevisionError
 
 PREFIX = f"tl:{{{NAMESPACE}}}:"

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
-from asgiref.sync import sync_to_async
 from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
@@ -115,6 +114,8 @@ def blocking(function: Callable[_P, _R]) -> Callable[_P, Awaitable[_R]]:
     Raises:
         UsageError: The function is async already.
     """
+    from asgiref.sync import sync_to_async
+
     try:
         sync_to_async(function)
     except TypeError as exc:

@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import RLock
@@ -23,9 +24,10 @@ from tieredlimit._core.share import MAX_INSTANT_US
 from tieredlimit._core.table import Table
 from tieredlimit._core.tally import Samples, Tallies
 from tieredlimit._core.who import EVERYONE, Who
-from tieredlimit.backends import Backend, ClusterBackend, MemoryBackend, RedisBackend
+from tieredlimit.backends import Backend, MemoryBackend
 from tieredlimit.backends.backend import StaleError
 from tieredlimit.backends.control import ControlStore, Heartbeat, MemoryControl, control_store
+from tieredlimit.backends.shared import is_over_redis
 from tieredlimit.complaints import Complaints
 from tieredlimit.errors import BackendError, TieredLimitError, UsageError
 from tieredlimit.follow import Follower
@@ -34,7 +36,6 @@ __all__ = ["InForce", "Stored", "stored"]
 
 # The most cells that a heartbeat tells of; the busiest come first.
 _MOST_CELLS = 100
-_VERSION = version("tieredlimit")
 _LONGEST_CLOSE_FILE = 64 * 1024
 _FILE_INTERVAL = 0.5
 
@@ -101,7 +102,7 @@ class InForce:
         self._file_text = ""
         self._always = read_closures(close, "TIEREDLIMIT_CLOSE", self._given)
         self.store: ControlStore | None = None
-        if isinstance(backend, MemoryBackend | RedisBackend | ClusterBackend):
+        if isinstance(backend, MemoryBackend) or is_over_redis(backend):
             self.store = control_store(backend, namespace, shards)
         elif self._given is None:
             raise UsageError(
@@ -114,7 +115,7 @@ class InForce:
         self._read_file()
         if isinstance(self.store, MemoryControl):
             self.store.follow(self)
-        if isinstance(backend, RedisBackend | ClusterBackend):
+        if is_over_redis(backend):
             backend.entered.append(self.follow)
             backend.leaving.append(self.close)
 
@@ -172,7 +173,7 @@ class InForce:
     async def compare(self) -> None:
         """Learn the store's time, even where every request is denied without asking it."""
         backend, table = self._backend, self.table
-        if table is not None and isinstance(backend, RedisBackend | ClusterBackend):
+        if table is not None and is_over_redis(backend):
             # Whoever needs an answer says that there is none.
             with suppress(BackendError):
                 try:
@@ -208,7 +209,7 @@ class InForce:
             id=name,
             host=socket.gethostname(),
             pid=pid,
-            version=_VERSION,
+            version=_version(),
             format=FORMAT,
             revision=self.revision.number,
             digest=self.revision.digest,
@@ -333,6 +334,11 @@ class InForce:
             if self.table is not None:
                 self.table = self._build(self.table.policy, self._overrides, self.revision)
         self._changed(self.revision)
+
+
+@cache
+def _version() -> str:
+    return version("tieredlimit")
 
 
 def read_closures(text: str, place: str, policy: Policy | None) -> tuple[Override, ...]:

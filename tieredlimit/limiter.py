@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.denials import Denials
@@ -17,21 +17,14 @@ from tieredlimit._core.policy import Policy
 from tieredlimit._core.table import Table
 from tieredlimit._core.tally import CallStats, Samples, Tallies
 from tieredlimit._core.tier import Feature
-from tieredlimit.backends import (
-    Backend,
-    Charge,
-    Claimed,
-    ClusterBackend,
-    MemoryBackend,
-    RedisBackend,
-    Reply,
-)
+from tieredlimit.backends import Backend, Charge, Claimed, MemoryBackend, Reply
 from tieredlimit.backends.backend import ComparingBackend, StaleError
 from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.control import holds_of
 from tieredlimit.backends.server import DEFAULT_TIMEOUT
+from tieredlimit.backends.shared import is_over_redis
+from tieredlimit.backends.urls import backend_at
 from tieredlimit.complaints import Complaints
-from tieredlimit.control import Control
 from tieredlimit.decision import Decision
 from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
@@ -44,10 +37,12 @@ from tieredlimit.peeking import Peeking
 from tieredlimit.reserving import SETTLE_WITHIN, Reserving, kept_us
 from tieredlimit.shadow import Shadows
 
+if TYPE_CHECKING:
+    from tieredlimit.control import Control
+
 __all__ = ["SETTLE_WITHIN", "Complaints", "Limiter"]
 
 MAX_SHARDS = 1_024
-
 
 _NAMESPACE = re.compile(r"[a-z0-9_-]{1,32}")
 _MOST_REDECISIONS = 3
@@ -104,8 +99,7 @@ class Limiter(Peeking, Reserving):
         if backend is None:
             backend = MemoryBackend()
         elif isinstance(backend, str):
-            kind = ClusterBackend if "+cluster://" in backend else RedisBackend.from_url
-            backend = kind(backend)
+            backend = backend_at(backend)
         secret = IdSecret(id_secret) if id_secret is not None else None
         self.enabled = enabled
         self.namespace = namespace
@@ -114,7 +108,7 @@ class Limiter(Peeking, Reserving):
             shards = getattr(backend, "default_shards", 1)
         if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
             raise UsageError(f"shards must be from 1 to {MAX_SHARDS:,}, got {shards!r:.80}")
-        if isinstance(backend, RedisBackend | ClusterBackend):
+        if is_over_redis(backend):
             backend.join(namespace, Layout(shards, "" if secret is None else secret.fingerprint))
         self.complaints = Complaints()
         self.observers = Observers(observers)
@@ -141,7 +135,7 @@ class Limiter(Peeking, Reserving):
         # Each call of these also says whether what it was prepared by is still in force.
         self._comparing: ComparingBackend | None = None
         self._claim: Callable[..., Awaitable[Claimed]] = _nobody
-        if isinstance(backend, RedisBackend | ClusterBackend):
+        if is_over_redis(backend):
             self._comparing = backend
             self._claim = backend.claim
         # What answers without waiting is asked so, unless a subclass has its own way.
@@ -193,6 +187,9 @@ class Limiter(Peeking, Reserving):
         if self._force.store is None:
             kind = type(self.backend).__name__
             raise UsageError(f"live control needs one of our backends, got {kind}")
+        # What never changes anything does without all that lays overrides and compares policies.
+        from tieredlimit.control import Control
+
         return Control(self._force.store, lambda: self.policy, self._force.standing)
 
     @property

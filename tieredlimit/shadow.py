@@ -15,12 +15,11 @@ from tieredlimit._core.table import Entry, Table
 from tieredlimit.backends import (
     Backend,
     Charge,
-    ClusterBackend,
     MemoryBackend,
-    RedisBackend,
     Reply,
 )
 from tieredlimit.backends.backend import ComparingBackend
+from tieredlimit.backends.shared import is_over_redis
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError
 from tieredlimit.judging import denial_of, settled
@@ -49,7 +48,7 @@ class Shadows:
         self._denials = Denials()
         self._tasks: set[asyncio.Task[Reply]] = set()
         self._comparing: ComparingBackend | None = None
-        if isinstance(backend, RedisBackend | ClusterBackend):
+        if is_over_redis(backend):
             self._comparing = backend
         self._memory: MemoryBackend | None = None
         # Like takes: a subclass may have its own way.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +68,8 @@ class Policy:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import tomllib
+
     try:
         # Some editors begin a file with a byte order mark, which TOML does not know.
         text = path.read_text("utf-8-sig")

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, time
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from tieredlimit.errors import Fault
@@ -154,6 +153,8 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return a hint at the known word that is closest, or nothing."""
     if not isinstance(word, str) or len(word) > _LONGEST:
         return ""
+    from difflib import get_close_matches
+
     by_lower = {one.lower(): one for one in known}
     close = get_close_matches(word.lower(), list(by_lower), n=1)
     return f'; did you mean "{by_lower[close[0]]}"?' if close else ""

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tieredlimit._core.keys import revision_key as shard_key
 from tieredlimit.backends.backend import Backend
-from tieredlimit.backends.cluster import ClusterBackend
 from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.backends.holds import Holds
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.memory import MemoryBackend
 from tieredlimit.backends.memory_control import MemoryControl
 from tieredlimit.backends.memory_holds import MemoryHolds
-from tieredlimit.backends.nodecalls import Address
-from tieredlimit.backends.nodes import Route
 from tieredlimit.backends.redis import RedisBackend
-from tieredlimit.backends.redis_control import RedisControl
-from tieredlimit.backends.redis_holds import RedisHolds
 from tieredlimit.backends.revisions import POLL_INTERVAL, ControlStore, Published
+from tieredlimit.backends.shared import is_over_redis
 from tieredlimit.errors import UsageError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.nodecalls import Address
+    from tieredlimit.backends.nodes import Route
 
 __all__ = [
     "ControlStore",
     "Heartbeat",
     "MemoryControl",
     "Published",
-    "RedisControl",
     "control_store",
     "holds_of",
     "shard_key",
@@ -53,6 +54,8 @@ def control_store(
     """
     if isinstance(backend, MemoryBackend):
         return MemoryControl(backend, namespace, shards)
+    from tieredlimit.backends.redis_control import RedisControl
+
     return RedisControl(_route(backend), namespace, shards, poll_interval=poll_interval)
 
 
@@ -60,15 +63,21 @@ def holds_of(backend: Backend) -> Holds | None:
     """Return what looks after slots and reservations in a backend; None where it has none."""
     if isinstance(backend, MemoryBackend):
         return MemoryHolds(backend)
-    if isinstance(backend, RedisBackend | ClusterBackend):
+    if is_over_redis(backend):
+        from tieredlimit.backends.redis_holds import RedisHolds
+
         return RedisHolds(_route(backend), backend.explicit_clock)
     return None
 
 
 def _route(backend: Backend) -> Route:
+    from tieredlimit.backends.nodes import Route
+
     if isinstance(backend, RedisBackend):
         pool = backend._pool  # noqa: SLF001 -- of this package
         return Route(lambda _: connection_of(pool))
+    from tieredlimit.backends.cluster import ClusterBackend
+
     if isinstance(backend, ClusterBackend):
         cluster = backend
         return Route(lambda node: cluster.connection_to(_named(node)), tuple(cluster.seeds))

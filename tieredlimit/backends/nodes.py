@@ -10,15 +10,17 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, TryAgainError
 
-from tieredlimit.backends.nodecalls import Address
 from tieredlimit.backends.perloop import PerLoop
 from tieredlimit.backends.wire import Command, UnreachableError, Wire, connected
 from tieredlimit.errors import BackendError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.nodecalls import Address
 
 _MAX_REDIRECTIONS = 8
 # Seconds that what all share may take, however patient: a dead connection is in everybody's way.

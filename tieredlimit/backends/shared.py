@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeGuard, TypeVar
 
 from tieredlimit._core.keys import Layout
 from tieredlimit._core.tally import CallStats
 from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.perloop import PerLoop
 from tieredlimit.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.cluster import ClusterBackend
+    from tieredlimit.backends.redis import RedisBackend
 
 _log = logging.getLogger("tieredlimit")
 
@@ -108,3 +112,8 @@ class OverRedis(Generic[S]):
         for hear in self.entered:
             hear()
         return session
+
+
+def is_over_redis(backend: object) -> TypeGuard[RedisBackend | ClusterBackend]:
+    """Say whether it is one of the two over Redis, and load neither."""
+    return isinstance(backend, OverRedis)

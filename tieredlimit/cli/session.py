@@ -18,11 +18,11 @@ from tieredlimit._core.keys import KEY_FORMAT, IdSecret, Layout
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.revision import Revision
 from tieredlimit.backends import ClusterBackend, RedisBackend
-from tieredlimit.backends.control import ControlStore, RedisControl
+from tieredlimit.backends.control import ControlStore
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.nodecalls import Address
 from tieredlimit.backends.nodes import Nodes, Route
-from tieredlimit.backends.redis_control import TIMEOUT
+from tieredlimit.backends.redis_control import TIMEOUT, RedisControl
 from tieredlimit.cli import policies as policy_files
 from tieredlimit.cli.pace import Pace, pace_of
 from tieredlimit.cli.terminal import printable
