@@ -276,9 +276,12 @@ def test_maximum_below_one_is_refused(name: str, value: int) -> None:
 @pytest.mark.fault("E8")
 def test_child_of_a_fork_in_mid_take_can_take() -> None:
     script = """
-import asyncio, os, threading
+import asyncio, os, threading, warnings
 from tests.contract import charge, quota, shelf
 from tieredlimit.backends import MemoryBackend
+
+# Python warns of what is tested here, from 3.12 on.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 backend, stop = MemoryBackend(), threading.Event()
 one = [charge(shelf(quota("1000000/day")))]

@@ -327,7 +327,7 @@ class TestObservers:
         first, second = (record.getMessage() for record in caplog.records)
         assert "more" not in first
         assert "(99 more since the last line)" in second
-        assert len(second) < 1_500
+        assert len(second) < 2_000
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), asyncio.CancelledError()])
     def test_what_is_no_error_is_let_through(self, error: BaseException) -> None:
