@@ -29,6 +29,7 @@ QUICK = {
     "decision": ["--rounds", "2", "--seconds", "0.1"],
     "denied": ["--rounds", "2", "--seconds", "0.1"],
     "end_to_end": ["--rounds", "1", "--seconds", "1"],
+    "import": ["--rounds", "3"],
     "memory": ["--accounts", "10000"],
     "middleware": ["--rounds", "2", "--seconds", "0.1"],
     "policy_size": ["--rounds", "2", "--seconds", "0.1"],

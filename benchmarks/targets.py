@@ -26,6 +26,7 @@ ORDER = (
     "cluster",
     "capacity",
     "strangers",
+    "import",
 )
 """The benchmarks, in the order in which they are run and shown."""
 

@@ -11,7 +11,8 @@ import pytest
 
 from tieredlimit import BackendError, UsageError
 from tieredlimit._core.revision import NOTHING, Revision
-from tieredlimit.backends.control import ControlStore, Heartbeat
+from tieredlimit.backends.control import ControlStore
+from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.errors import ConflictError, RevisionError
 
 NAMESPACE = "team"

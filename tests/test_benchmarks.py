@@ -267,3 +267,16 @@ def test_table_puts_words_left_and_numbers_right() -> None:
         "----  ---",
         "a     100",
     ]
+
+
+def test_import_benchmark_compares_with_what_is_imported_anyway(tmp_path: Path) -> None:
+    path = tmp_path / "import.json"
+
+    said = run_benchmark("import", "--rounds", "1", "--breakdown", "--json", str(path))
+
+    result = json.loads(path.read_text("utf-8"))
+    rows = {row["imports"]: row for row in result["rows"]}
+    assert rows["starlette and redis"]["vs_base"] == 1
+    assert rows["both, and tieredlimit"]["ms"] > 0
+    assert [target["bound"] for target in result["targets"]] == [1.3]
+    assert "tieredlimit._core.tier " in said

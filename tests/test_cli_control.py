@@ -30,11 +30,11 @@ from tieredlimit._core.who import EVERYONE
 from tieredlimit.backends import ClusterBackend, RedisBackend
 from tieredlimit.backends.control import (
     ControlStore,
-    Heartbeat,
     Published,
     control_store,
     shard_key,
 )
+from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.cli import main
 from tieredlimit.cli.fleet import Fleet
 from tieredlimit.cli.inforce import cell_under, policy_under, rule

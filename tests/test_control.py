@@ -37,7 +37,6 @@ from tests.test_backends import Untouched
 from tieredlimit import BackendError, UsageError
 from tieredlimit._core.revision import NOTHING, Revision
 from tieredlimit.backends import Backend, ClusterBackend, MemoryBackend, RedisBackend
-from tieredlimit.backends import memory_control as memory_module
 from tieredlimit.backends import news as news_module
 from tieredlimit.backends import redis_control as redis_module
 from tieredlimit.backends.control import (
@@ -129,7 +128,7 @@ class TestMemory(ControlContract):
     async def test_workers_are_bounded(
         self, store: ControlStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(memory_module, "MAX_WORKERS", 2)
+        monkeypatch.setattr("tieredlimit.backends.heartbeat.MAX_WORKERS", 2)
         await store.beat(heartbeat("w1"))
         await store.beat(heartbeat("w2"))
 

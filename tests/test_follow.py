@@ -12,7 +12,8 @@ from tieredlimit import BackendError
 from tieredlimit import follow as follow_module
 from tieredlimit._core.revision import NOTHING, Revision
 from tieredlimit.backends import MemoryBackend
-from tieredlimit.backends.control import Heartbeat, MemoryControl, Published
+from tieredlimit.backends.control import MemoryControl, Published
+from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.errors import ConflictError
 from tieredlimit.follow import Follower
 

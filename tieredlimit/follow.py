@@ -6,12 +6,15 @@ import asyncio
 import random
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tieredlimit._core.override import MAX_TEXT
 from tieredlimit._core.revision import Revision
-from tieredlimit.backends.control import ControlStore, Heartbeat
+from tieredlimit.backends.control import ControlStore
 from tieredlimit.errors import BackendError, ConflictError, TieredLimitError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.heartbeat import Heartbeat
 
 __all__ = ["Follower", "Leader"]
 

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import RLock
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from tieredlimit._core.keys import IdSecret
@@ -26,11 +27,14 @@ from tieredlimit._core.tally import Samples, Tallies
 from tieredlimit._core.who import EVERYONE, Who
 from tieredlimit.backends import Backend, MemoryBackend
 from tieredlimit.backends.backend import StaleError
-from tieredlimit.backends.control import ControlStore, Heartbeat, MemoryControl, control_store
+from tieredlimit.backends.control import ControlStore, MemoryControl, control_store
 from tieredlimit.backends.shared import is_over_redis
 from tieredlimit.complaints import Complaints
 from tieredlimit.errors import BackendError, TieredLimitError, UsageError
 from tieredlimit.follow import Follower
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.heartbeat import Heartbeat
 
 __all__ = ["InForce", "Stored", "stored"]
 
@@ -205,6 +209,8 @@ class InForce:
             "since": self._tallies.since(_MOST_CELLS),
             "denied": self._samples.snapshot(),
         }
+        from tieredlimit.backends.heartbeat import Heartbeat
+
         return Heartbeat(
             id=name,
             host=socket.gethostname(),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tieredlimit._core.document import read_document
-from tieredlimit._core.overlay import origin_of, overlay, places
 from tieredlimit._core.tier import Cell, Feature, Tier
 from tieredlimit.errors import Fault, PolicyError
 
@@ -35,6 +33,8 @@ class Policy:
         Raises:
             PolicyError: A file cannot be read, is no TOML, or the policy has faults: all of them.
         """
+        from tieredlimit._core.overlay import origin_of, overlay, places
+
         if not paths:
             raise PolicyError([Fault("", "no file given")])
         document: dict[str, Any] = {}
@@ -46,7 +46,7 @@ class Policy:
         source = " + ".join(str(path) for path in paths)
         if len(paths) == 1:
             return cls.from_dict(document, source=source)
-        return cls(*read_document(document, source, lambda place: origin_of(place, origins)))
+        return cls._read(document, source, lambda place: origin_of(place, origins))
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, source: str = "") -> Policy:
@@ -57,7 +57,16 @@ class Policy:
         Raises:
             PolicyError: The policy has faults: all of them.
         """
-        return cls(*read_document(document, source))
+        return cls._read(document, source)
+
+    @classmethod
+    def _read(
+        cls, document: Mapping[str, Any], source: str, origin: Callable[[str], str] | None = None
+    ) -> Policy:
+        # All that reads policies is loaded with the first one.
+        from tieredlimit._core.document import read_document
+
+        return cls(*read_document(document, source, origin))
 
     def cell(self, tier: str, feature: str) -> Cell:
         """Return what `tier` may do with `feature`; a name that is not there is a KeyError."""

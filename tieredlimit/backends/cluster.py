@@ -16,6 +16,7 @@ from tieredlimit.backends.server import (
     DEFAULT_TIMEOUT,
     ServerClock,
     client_of,
+    take_script,
 )
 from tieredlimit.backends.shared import OverRedis
 from tieredlimit.errors import BackendError, UsageError
@@ -56,6 +57,7 @@ class ClusterBackend(OverRedis[Fleet]):
         **options: Any,
     ) -> None:
         super().__init__(timeout, lambda: Fleet(self))
+        take_script()  # not first in an event loop, since it reads a file
         self.server_clock = ServerClock(clock, several=True)
         one_node, self.seeds = _read_url(url)
         # Never connected: it holds the settings that all nodes share.

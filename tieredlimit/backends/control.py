@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from tieredlimit._core.keys import revision_key as shard_key
 from tieredlimit.backends.backend import Backend
-from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.backends.holds import Holds
 from tieredlimit.backends.link import connection_of
 from tieredlimit.backends.memory import MemoryBackend
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ControlStore",
-    "Heartbeat",
     "MemoryControl",
     "Published",
     "control_store",

@@ -6,11 +6,10 @@ import asyncio
 import os
 from collections.abc import Callable
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from tieredlimit._core.revision import NOTHING, Revision
-from tieredlimit.backends.heartbeat import MAX_WORKERS, SILENCE_US, Heartbeat
 from tieredlimit.backends.memory import MemoryBackend
 from tieredlimit.backends.revisions import (
     KEPT_REVISIONS,
@@ -23,6 +22,9 @@ from tieredlimit.backends.revisions import (
     same,
 )
 from tieredlimit.errors import BackendError, ConflictError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.heartbeat import Heartbeat
 
 
 class Adopting(Protocol):
@@ -116,6 +118,8 @@ class MemoryControl:
 
     async def beat(self, heartbeat: Heartbeat) -> None:
         """Note that a worker lives; as `ControlStore.beat`."""
+        from tieredlimit.backends.heartbeat import MAX_WORKERS
+
         content = heartbeat.to_json()
         now = self._backend.now()
         held = self._held
@@ -133,6 +137,8 @@ class MemoryControl:
 
     async def workers(self) -> list[Heartbeat]:
         """Return the latest heartbeats of the workers heard within the last 5 s, by id."""
+        from tieredlimit.backends.heartbeat import Heartbeat
+
         now = self._backend.now()
         with self._held.lock:
             beats = sorted(self._held.beats.items())
@@ -218,6 +224,8 @@ _held: WeakKeyDictionary[MemoryBackend, dict[str, _Held]] = WeakKeyDictionary()
 
 
 def _silent(age_us: int) -> bool:
+    from tieredlimit.backends.heartbeat import SILENCE_US
+
     # Also from the future: that is what a clock that was set back leaves behind.
     return abs(age_us) > SILENCE_US
 

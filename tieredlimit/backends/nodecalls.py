@@ -20,7 +20,7 @@ from tieredlimit.backends.call import (
 )
 from tieredlimit.backends.calls import MAX_WAITING, MIN_SHARE, Calls
 from tieredlimit.backends.replies import Answer, Refusal
-from tieredlimit.backends.server import TAKE
+from tieredlimit.backends.server import take_script
 
 if TYPE_CHECKING:
     from tieredlimit.backends.fleet import Fleet
@@ -34,7 +34,7 @@ class NodeCalls(Calls):
     def __init__(self, fleet: Fleet, address: Address) -> None:
         backend = fleet.backend
         super().__init__(
-            TAKE,
+            take_script(),
             clock=backend.server_clock.explicit,
             timeout=backend.timeout,
             learn_clock=backend.server_clock.learn,

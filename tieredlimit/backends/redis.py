@@ -16,10 +16,10 @@ from tieredlimit.backends.server import (
     CONNECT_TIMEOUT,
     DEFAULT_TIMEOUT,
     STALL_TIMEOUT,
-    TAKE,
     ServerClock,
     client_of,
     greet,
+    take_script,
 )
 from tieredlimit.backends.shared import OverRedis
 from tieredlimit.errors import BackendError, UsageError
@@ -69,6 +69,7 @@ class RedisBackend(OverRedis[Link]):
                 "retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0)"
             )
         super().__init__(timeout, self._link)
+        take_script()  # not first in an event loop, since it reads a file
         self._pool = client.connection_pool
         self._clock = ServerClock(clock)
 
@@ -172,7 +173,7 @@ class RedisBackend(OverRedis[Link]):
 
     def _link(self) -> Link:
         calls = Calls(
-            TAKE,
+            take_script(),
             clock=self._clock.explicit,
             timeout=self.timeout,
             learn_clock=self._clock.learn,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tieredlimit._core.revision import Revision
-from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from tieredlimit.backends.heartbeat import Heartbeat
 
 KEPT_REVISIONS = 200
 """The most documents kept; older ones are dropped when publishing."""

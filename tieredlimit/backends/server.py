@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from importlib.resources import files
+from functools import cache
 from typing import Any
 
 from redis.asyncio import Redis
@@ -25,9 +25,15 @@ CONNECT_TIMEOUT = 2.0
 STALL_TIMEOUT = 1.0
 """Seconds without a reply after which a connection is given up."""
 
-TAKE = Script(files("tieredlimit.backends").joinpath("lua/take.lua").read_text("utf-8"))
-
 _log = logging.getLogger("tieredlimit")
+
+
+@cache
+def take_script() -> Script:
+    """Return the script that decides. It is read once, when a backend is made."""
+    from importlib.resources import files
+
+    return Script(files("tieredlimit.backends").joinpath("lua/take.lua").read_text("utf-8"))
 
 
 def client_of(url: str, options: Mapping[str, Any]) -> Redis:
@@ -93,7 +99,7 @@ async def greet(connection: Any, clock: ServerClock, namespaces: Mapping[str, La
     Raises:
         UsageError: A namespace holds keys of another format, number of shards, or id secret.
     """
-    await connection.send_command("SCRIPT", "LOAD", TAKE.text)
+    await connection.send_command("SCRIPT", "LOAD", take_script().text)
     try:
         await connection.read_response()
     except ResponseError as exc:

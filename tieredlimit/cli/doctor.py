@@ -12,7 +12,7 @@ from tieredlimit._core.keys import KEY_FORMAT
 from tieredlimit.backends.control import shard_key
 from tieredlimit.backends.nodecalls import Address
 from tieredlimit.backends.redis_control import TIMEOUT
-from tieredlimit.backends.server import TAKE
+from tieredlimit.backends.server import take_script
 from tieredlimit.backends.wire import Wire
 from tieredlimit.cli.checks import (
     LATENCIES,
@@ -123,7 +123,7 @@ async def _permissions(wire: Wire, opened: Session) -> Iterator[Finding]:
         "WAIT": await _ask(wire, "WAIT", "0", "0"),
         # Whoever hears it looks at the head, and finds nothing new.
         "PUBLISH": await _ask(wire, "PUBLISH", f"tl:{{{namespace}}}:news", "0"),
-        "SCRIPT LOAD": await _ask(wire, "SCRIPT", "LOAD", TAKE.text),
+        "SCRIPT LOAD": await _ask(wire, "SCRIPT", "LOAD", take_script().text),
     }
     return permission_findings(replies)
 

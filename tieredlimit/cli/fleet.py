@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import click
 
 from tieredlimit._core.revision import FORMAT, Revision
-from tieredlimit.backends.control import Heartbeat, shard_key
+from tieredlimit.backends.control import shard_key
+from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.cli.session import Failure, Session
 from tieredlimit.cli.terminal import printable
 from tieredlimit.errors import BackendError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tieredlimit._core.rate import SECOND_US
-from tieredlimit.backends.control import Heartbeat
+from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.cli.session import Session
 
 Pair = tuple[str, str]

@@ -13,7 +13,7 @@ from tieredlimit._core.pool import Pool
 from tieredlimit._core.rate import SECOND_US, spell_instant
 from tieredlimit._core.revision import Revision
 from tieredlimit._core.share import MAX_INSTANT_US
-from tieredlimit.backends.control import Heartbeat
+from tieredlimit.backends.heartbeat import Heartbeat
 from tieredlimit.cli.fleet import Fleet, look
 from tieredlimit.cli.grid import grid
 from tieredlimit.cli.pools import Known, Level, Share, level_document, levels, pools_of, state
