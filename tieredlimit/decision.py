@@ -298,7 +298,8 @@ class Denial(Response):
             # Closing before accepting is all that is left: servers turn it into a plain 403.
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
             return
-        language, self.body = self.document(_accept_language(scope))
+        language, body = self.document(_accept_language(scope))
+        self.body: bytes = body
         self.headers["content-length"] = str(len(self.body))
         if language:
             self.headers["content-language"] = language

@@ -61,7 +61,7 @@ class PolicyError(TieredLimitError):
     """
 
     def __init__(self, faults: Iterable[Fault], source: str = "") -> None:
-        self.faults = tuple(faults)
+        self.faults: tuple[Fault, ...] = tuple(faults)
         self.source = source
         super().__init__(_listed(self.faults, source or "policy"))
 
@@ -77,7 +77,7 @@ class RevisionError(TieredLimitError):
     """
 
     def __init__(self, faults: Iterable[Fault], source: str = "revision") -> None:
-        self.faults = tuple(faults)
+        self.faults: tuple[Fault, ...] = tuple(faults)
         self.source = source
         super().__init__(_listed(self.faults, source))
 

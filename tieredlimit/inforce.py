@@ -98,8 +98,8 @@ class InForce:
             WeakKeyDictionary()
         )
         self._worker: tuple[int, str, int] | None = None
-        self.unknowns = Unknowns()
-        self.revision = NOTHING
+        self.unknowns: Unknowns = Unknowns()
+        self.revision: Revision = NOTHING
         self._overrides: tuple[Override, ...] = ()
         self._file = None if close_file is None else Path(close_file)
         self._in_file: tuple[Override, ...] = ()

@@ -50,7 +50,7 @@ class Lease:
     def __init__(self, leases: Leases, taken: Taken, *, since: float | None = None) -> None:
         self._leases = leases
         self.taken = taken
-        self.lost = False
+        self.lost: bool = False
         self._over = False
         self._kept = False
         self._timer: asyncio.TimerHandle | None = None

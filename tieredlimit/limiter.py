@@ -103,21 +103,21 @@ class Limiter(Peeking, Reserving):
         secret = IdSecret(id_secret) if id_secret is not None else None
         self.enabled = enabled
         self.namespace = namespace
-        self.backend = backend
+        self.backend: Backend = backend
         if shards is None:
             shards = getattr(backend, "default_shards", 1)
         if type(shards) is not int or not 1 <= shards <= MAX_SHARDS:
             raise UsageError(f"shards must be from 1 to {MAX_SHARDS:,}, got {shards!r:.80}")
         if is_over_redis(backend):
             backend.join(namespace, Layout(shards, "" if secret is None else secret.fingerprint))
-        self.complaints = Complaints()
-        self.observers = Observers(observers)
+        self.complaints: Complaints = Complaints()
+        self.observers: Observers = Observers(observers)
         self._observed = bool(self.observers)
-        self.tallies = Tallies()
-        self.samples = Samples(namespace, secret=secret)
+        self.tallies: Tallies = Tallies()
+        self.samples: Samples = Samples(namespace, secret=secret)
         self._denials = Denials()
         self._local = Local(backend.now)
-        self.leases = Leases(holds_of(backend), namespace, self.complaints, self.patience)
+        self.leases: Leases = Leases(holds_of(backend), namespace, self.complaints, self.patience)
         self._shadows = Shadows(backend, self.observers)
         self._force = InForce(
             policy,

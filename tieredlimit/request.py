@@ -61,10 +61,10 @@ class RequestLimits:
         identify: Identify | None,
         anonymous: Identify,
     ) -> None:
-        self.limiter = limiter
+        self.limiter: Limiter = limiter
         self._scope = scope
         self.decisions: dict[str, Decision] = {}
-        self.denied = False
+        self.denied: bool = False
         self.metered: str | None = None
         self.refusal: Denied | HTTPException | None = None
         self.refused: bool | None = None
@@ -74,7 +74,7 @@ class RequestLimits:
         self._answer: Answer = None
         self._asking: asyncio.Lock | None = None
         self._pending: dict[str, asyncio.Task[Decision]] | None = None
-        self.ending = Ending(limiter, self.decisions)
+        self.ending: Ending = Ending(limiter, self.decisions)
 
     def end(self) -> None:
         """Let go of the request, which is over; what a task of its handler still takes counts.

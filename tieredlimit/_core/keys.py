@@ -141,7 +141,7 @@ class IdSecret:
             raise UsageError(f"id_secret must be a string of at least {LEAST_SECRET} characters")
         key = blake2b(secret.encode("utf-8", "surrogatepass"), digest_size=32).digest()
         self._keyed = blake2b(key=key, digest_size=16, person=b"ids")
-        self.fingerprint = blake2b(key=key, digest_size=8, person=b"fingerprint").hexdigest()
+        self.fingerprint: str = blake2b(key=key, digest_size=8, person=b"fingerprint").hexdigest()
 
     def name(self, subject: str, mark: str = ACCOUNT) -> str:
         """Return the marked name of a subject, always a digest; as `subject_name`.

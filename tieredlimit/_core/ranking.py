@@ -31,8 +31,8 @@ class Unknowns:
     __slots__ = ("ages", "plans")
 
     def __init__(self) -> None:
-        self.plans = 0
-        self.ages = 0
+        self.plans: int = 0
+        self.ages: int = 0
 
 
 class Ranking:

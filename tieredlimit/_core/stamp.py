@@ -27,11 +27,11 @@ class Stamp:
     def __init__(
         self, namespace: str, shard: int, number: int, digest: str, since: int, before: int | None
     ) -> None:
-        self.tag = f"{namespace}:{shard}"
-        self.key = revision_key(namespace, shard)
-        self.revision = f"{number} {digest}"
-        self.since = since
-        self.before = before
+        self.tag: str = f"{namespace}:{shard}"
+        self.key: str = revision_key(namespace, shard)
+        self.revision: str = f"{number} {digest}"
+        self.since: int = since
+        self.before: int | None = before
 
 
 def prepared_for(stamp: Stamp | None, times: Sequence[tuple[int, int]]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -112,21 +112,23 @@ class Table:
             for feature in policy.features.values()
             for route, cost in feature.routes
         )
-        self.match = matcher.match
-        self.refunds = any(feature.refunds for feature in policy.features.values())
+        self.match: Callable[..., tuple[str, int] | None] = matcher.match
+        self.refunds: bool = any(feature.refunds for feature in policy.features.values())
         self.overrides: dict[str, list[Override]] = {}
         for one in overrides:
             self.overrides.setdefault(one.feature, []).append(one)
         cells = _Cells(self, namespace, now, tallies or Tallies(), name_by(secret))
-        self.rows = [cells.row(i) for i in range(len(policy.tiers))]
+        self.rows: list[Mapping[str, Entry]] = [cells.row(i) for i in range(len(policy.tiers))]
         self._by_name = {tier.name: row for tier, row in zip(policy.tiers, self.rows, strict=True)}
         self._pers = cells.pers
         self._measured_pers = cells.pers | cells.measured_pers
         whens = [tier.when for tier in policy.tiers]
-        self.ranking = Ranking(whens, unknowns)
+        self.ranking: Ranking = Ranking(whens, unknowns)
+        self.since: int
+        self.before: int | None
         self.since, self.before = edges(overrides, now)
         asks_age = any(when.asks_age for when in whens if when is not None)
-        self.timed = asks_age or cells.personal or self.since > 0 or self.before is not None
+        self.timed: bool = asks_age or cells.personal or self.since > 0 or self.before is not None
         self._stamps: dict[int, Stamp] = {}
 
     def holds(self, now: int) -> bool:

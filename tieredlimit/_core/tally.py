@@ -218,12 +218,12 @@ class CallStats:
     __slots__ = ("by_decisions", "by_seconds", "calls", "decisions", "failures", "seconds_sum")
 
     def __init__(self) -> None:
-        self.calls = 0
-        self.decisions = 0
-        self.failures = 0
-        self.seconds_sum = 0.0
-        self.by_seconds = [0] * (len(CALL_SECONDS) + 1)
-        self.by_decisions = [0] * (len(CALL_DECISIONS) + 1)
+        self.calls: int = 0
+        self.decisions: int = 0
+        self.failures: int = 0
+        self.seconds_sum: float = 0.0
+        self.by_seconds: list[int] = [0] * (len(CALL_SECONDS) + 1)
+        self.by_decisions: list[int] = [0] * (len(CALL_DECISIONS) + 1)
 
     def observe(self, seconds: float, decisions: int, *, failed: bool = False) -> None:
         """Count one call that has ended: how long it took and how many decisions it carried."""

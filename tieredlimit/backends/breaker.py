@@ -28,9 +28,9 @@ class Breaker:
     __slots__ = ("_failures", "_pause", "open", "opened", "why")
 
     def __init__(self) -> None:
-        self.open = False
-        self.why = ""
-        self.opened = 0
+        self.open: bool = False
+        self.why: str = ""
+        self.opened: int = 0
         self._failures = 0
         self._pause = FIRST_PAUSE
 

@@ -34,9 +34,9 @@ class Script:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
-        self.evalsha = bulk(b"EVALSHA") + bulk(self.sha.encode())
-        self.eval = bulk(b"EVAL") + bulk(text.encode())
+        self.sha: str = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.evalsha: bytes = bulk(b"EVALSHA") + bulk(self.sha.encode())
+        self.eval: bytes = bulk(b"EVAL") + bulk(text.encode())
 
 
 class Waiting:

@@ -87,8 +87,8 @@ class Calls:
         expired: Callable[[], None],
         stats: CallStats | None = None,
     ) -> None:
-        self.stats = stats or CallStats()
-        self.breaker = Breaker()
+        self.stats: CallStats = stats or CallStats()
+        self.breaker: Breaker = Breaker()
         self.opened: Callable[[], None] | None = None
         """Called when the breaker opens."""
         self._probe_tag = _PROBE_TAG

@@ -58,7 +58,8 @@ class ClusterBackend(OverRedis[Fleet]):
     ) -> None:
         super().__init__(timeout, lambda: Fleet(self))
         take_script()  # not first in an event loop, since it reads a file
-        self.server_clock = ServerClock(clock, several=True)
+        self.server_clock: ServerClock = ServerClock(clock, several=True)
+        self.seeds: list[Address]
         one_node, self.seeds = _read_url(url)
         # Never connected: it holds the settings that all nodes share.
         self._pool = client_of(one_node, options).connection_pool

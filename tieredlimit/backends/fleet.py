@@ -59,7 +59,7 @@ class Fleet:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         # Of learning which node serves which slot: without that nobody can be asked.
-        self.breaker = Breaker()
+        self.breaker: Breaker = Breaker()
         self._next_look: asyncio.TimerHandle | None = None
 
     @property
@@ -362,8 +362,8 @@ class Member:
 
     def __init__(self, fleet: Fleet, address: Address) -> None:
         backend = fleet.backend
-        self.calls = NodeCalls(fleet, address)
-        self.link = Link(
+        self.calls: NodeCalls = NodeCalls(fleet, address)
+        self.link: Link = Link(
             lambda: backend.connection_to(address),
             lambda connection: fleet.greet(connection, address),
             self.calls,

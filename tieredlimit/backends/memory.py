@@ -63,11 +63,11 @@ class MemoryBackend:
         self.now = clock
         self._accounts = Room(max_keys, "max_keys")
         self._strangers = Room(max_catch_all_keys, "max_catch_all_keys")
-        self.lock = Lock()
+        self.lock: Lock = Lock()
         self._bounds = max_keys, max_catch_all_keys
         self._measured: MemoryBackend | None = None
-        self.slots = SlotRoom(max_keys)
-        self.records = Records(max_keys)
+        self.slots: SlotRoom = SlotRoom(max_keys)
+        self.records: Records = Records(max_keys)
         _living.add(self)
 
     def __len__(self) -> int:

@@ -55,7 +55,7 @@ class Room:
 
     def __init__(self, maximum: int, name: str) -> None:
         self.held: dict[str, Held] = {}
-        self.due = _NEVER
+        self.due: int = _NEVER
         self._maximum = maximum
         self._name = name
         self._slots: dict[int, list[str]] = {}

@@ -58,7 +58,7 @@ class OverRedis(Generic[S]):
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
         self.timeout = timeout
         self.namespaces: dict[str, Layout] = {}
-        self.call_stats = CallStats()
+        self.call_stats: CallStats = CallStats()
         self.entered: list[Callable[[], None]] = []
         self.leaving: list[Callable[[], Awaitable[None]]] = []
         self._connect = connect

@@ -84,8 +84,9 @@ class Session:
         self.route = route
         self.layout = layout
         self._read = None if layout is None else _read_layout(layout)
-        self.shards = shards = default_shards if self._read is None else self._read.shards
-        self.nodes = Nodes(route, TIMEOUT, {})
+        shards = default_shards if self._read is None else self._read.shards
+        self.shards: int = shards
+        self.nodes: Nodes = Nodes(route, TIMEOUT, {})
         self.store: ControlStore = RedisControl(route, place.namespace, shards, poll_interval=None)
 
     @property
