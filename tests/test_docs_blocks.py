@@ -45,6 +45,8 @@ CLAIMED: Mapping[str, Mapping[str, str]] = {
     "docs/commands.md": {"console": "test_docs_consoles"},
     "docs/usage.md": {"python": "test_usage", "json": "test_usage"},
     "docs/clients.md": {"python": "test_clients"},
+    "docs/identities.md": {"python": "test_identities_docs"},
+    "docs/frameworks/*.md": {"*": "test_frameworks"},
     "docs/coming-from/django-ratelimit.md": {"*": "test_coming_from_django"},
     "docs/coming-from/*.md": {"*": "test_coming_from"},
 }

@@ -577,7 +577,7 @@ def _monotonic(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         def monotonic() -> float:
             return now[0]
 
-    monkeypatch.setattr("tieredlimit.integrations.jwt_keys.time", Frozen)
+    monkeypatch.setattr("tieredlimit.integrations._jwt_keys.time", Frozen)
     return now
 
 

@@ -25,14 +25,14 @@ from tieredlimit.credentials import (
 )
 from tieredlimit.errors import UsageError
 from tieredlimit.identity import Answer, Identify, resolve
-from tieredlimit.integrations.jwt_claims import Claim, Claims
+from tieredlimit.integrations._jwt_claims import Claim, Claims
 
 try:
     import jwt
     from jwt import PyJWKClient
     from jwt.algorithms import has_crypto
 
-    from tieredlimit.integrations.jwt_keys import FetchedKeys, GivenKey, Key
+    from tieredlimit.integrations._jwt_keys import FetchedKeys, GivenKey, Key
 except ImportError as exc:  # pragma: no cover -- the tests have PyJWT
     raise ImportError('PyJWT is missing: pip install "tieredlimit[jwt]"') from exc
 
