@@ -356,7 +356,7 @@ def test_public_names_are_sorted_and_there() -> None:
 @pytest.fixture
 def run_pytest(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Run tests of users in a process of their own, as they would."""
-    (conftest,) = blocks(PAGE, "py")
+    conftest = blocks(PAGE, "python")[0]
     (tmp_path / "conftest.py").write_text(conftest, "utf-8")
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
@@ -435,7 +435,7 @@ def test_plugin_is_not_there_unless_it_is_asked_for(
 
 
 def test_tests_of_the_page_pass(run_pytest: Callable[..., tuple[int, str]]) -> None:
-    pages = blocks(PAGE, "python")
+    _, *pages = blocks(PAGE, "python")
 
     code, told = run_pytest("\n\n".join(pages))
 
