@@ -159,7 +159,7 @@ moves = st.sampled_from([0, 1, 99, SECOND, 1_542_857_143, HOUR, DAY])
 @pytest.mark.fault("A3", "A4", "A12")
 @given(cells=cells(), steps=st.lists(st.tuples(moves, batches), min_size=1, max_size=4))
 @settings(
-    max_examples=500,
+    max_examples=250,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

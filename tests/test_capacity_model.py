@@ -349,7 +349,7 @@ class Machine:
 @pytest.mark.fault("A3", "A4", "A10", "A12", "H1", "H2", "H4")
 @given(laws=st.lists(laws, min_size=2, max_size=3), steps=steps)
 @settings(
-    max_examples=500,
+    max_examples=300,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -224,7 +224,7 @@ async def test_of_what_is_sent_after_a_closure_nothing_is_let_in(
 ) -> None:
     with fleet(tmp_path, redis_url) as url:
         async with operator(redis_url) as control, load_on(url) as load:
-            for _ in range(20):
+            for _ in range(10):
                 await check_closing(
                     load,
                     lambda: control.close("video", tier="new"),
