@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -91,6 +92,18 @@ def sentinels() -> Iterator[RedisSentinels]:
     """A primary, a replica and three sentinels for this test alone."""
     with _made(RedisSentinels) as watched:
         yield watched
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Take away what a framework makes of the root logger when an application of it begins."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers and not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
 
 
 def pytest_report_header() -> str:
