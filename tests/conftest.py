@@ -95,14 +95,12 @@ def sentinels() -> Iterator[RedisSentinels]:
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """Take away what a framework makes of the root logger when an application of it begins."""
+def logging_as_python_begins() -> None:
+    """Take away what a framework has made of the root logger when an application of it was made."""
     root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    root.setLevel(level)
+    root.setLevel(logging.WARNING)
     for handler in root.handlers[:]:
-        if handler not in handlers and not type(handler).__module__.startswith("_pytest."):
+        if not type(handler).__module__.startswith("_pytest."):
             root.removeHandler(handler)
 
 
