@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -28,7 +29,10 @@ async def operate(request: Request) -> Response:
 
     An application of yours would ask who that is; this one listens on the loopback interface only.
     """
-    functions = {"close": limiter.control.close, "open": limiter.control.open}
+    functions: dict[str, Any] = {
+        "close": limiter.control.close,
+        "open": limiter.control.open,
+    }
     try:
         change = await functions[request.path_params["verb"]](**await request.json())
     except UsageError as exc:

@@ -38,5 +38,5 @@ def create_video(_: HttpRequest, seconds: int) -> JsonResponse:
 
 
 urlpatterns = [path("v1/images", create_image), path("v1/videos/<int:seconds>", create_video)]
-app = get_asgi_application()
-app = TieredLimitMiddleware(app, limiter=Limiter(POLICY), identify=api_key(ACCOUNTS.get))
+application = get_asgi_application()
+app = TieredLimitMiddleware(application, limiter=Limiter(POLICY), identify=api_key(ACCOUNTS.get))

@@ -76,7 +76,7 @@ async def later(user: User) -> Account:
 connected: list[Any] = []
 
 
-@receiver(connection_created)  # type: ignore[untyped-decorator]  # Django ships no types
+@receiver(connection_created)
 def note(connection: Any, **_: Any) -> None:
     """Keep each connection to the database that is made."""
     connected.append(connection)

@@ -20,7 +20,7 @@ if not settings.configured:
 
 from django.core.handlers.asgi import ASGIHandler
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
-from django.test import override_settings
+from django.test import RequestFactory, override_settings
 from django.urls import include, is_valid_path, path, re_path
 from django.utils.decorators import method_decorator
 from django.views import View
@@ -62,7 +62,7 @@ async def variation(request: HttpRequest, id: str) -> HttpResponse:  # noqa: A00
 
 
 async def picture(request: HttpRequest) -> HttpResponse:
-    if "mounted" not in request.scope:
+    if "mounted" not in getattr(request, "scope"):  # noqa: B009 -- of an ASGIRequest
         raise Http404
     return await image(request)
 
@@ -126,7 +126,7 @@ async def crash(request: HttpRequest) -> HttpResponse:
     raise RuntimeError("crash")
 
 
-async def stream(request: HttpRequest) -> HttpResponse:
+async def stream(request: HttpRequest) -> StreamingHttpResponse:
     return StreamingHttpResponse(hold([b"first", b"last"]))
 
 
@@ -300,7 +300,7 @@ async def test_expressions_of_django_are_metered_as_far_as_their_path_is_the_rou
 async def test_forced_script_name_is_told_to_the_middleware_by_the_handler(in_force: None) -> None:
     policy = {**POLICY, "features": {"image": {"routes": ["POST /images"]}, "video": {}}}
     with override_settings(FORCE_SCRIPT_NAME="/api"):
-        handler = ASGIHandler()
+        handler: Any = ASGIHandler()
         handler.root_path = "/api"
         async with Limiter(policy) as limiter:
             app = TieredLimitMiddleware(handler, limiter=limiter)
@@ -321,10 +321,25 @@ def test_what_is_no_view_is_refused_where_it_is_decorated(wrong: Any) -> None:
 async def test_without_the_middleware_the_error_says_what_is_missing(
     in_force: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = await ask(ASGIHandler(), "POST /limited-sync")
+    handler: Any = ASGIHandler()  # types of Django say that a scope is a dict
+
+    answer = await ask(handler, "POST /limited-sync")
 
     assert answer.status == 500
     assert 'limited("image") needs TieredLimitMiddleware' in caplog.text
+
+
+def test_under_wsgi_the_error_says_what_is_missing() -> None:
+    request = RequestFactory().get("/images")
+
+    for asking in (limited("image")(picture_sync), limits_of):
+        with pytest.raises(UsageError, match="needs TieredLimitMiddleware"):
+            asking(request)
+    assert feature_of(request) is None
+
+
+def picture_sync(request: HttpRequest) -> HttpResponse:
+    return HttpResponse()
 
 
 @contextmanager

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import pytest
 
 from tests.test_readme import blocks
 from tieredlimit import Account, Limiter, UsageError, testing
 from tieredlimit.backends import MemoryBackend
+from tieredlimit.integrations.pytest import MakeLimiter
 from tieredlimit.testing import BackendContract, Clock, RecordingObserver, broken, closed, exhaust
 
 if TYPE_CHECKING:
@@ -204,7 +206,7 @@ class TestClosed:
 
     async def test_unknown_names_are_refused(self, limiter: Limiter) -> None:
         with pytest.raises(UsageError, match="tire"):
-            async with closed(limiter, "image", tire="everyone"):
+            async with closed(limiter, "image", tire="everyone"):  # type: ignore[call-arg]  # the point
                 pass
 
 
@@ -376,6 +378,18 @@ def run_pytest(tmp_path: Path) -> Callable[..., tuple[int, str]]:
         return ran.returncode, ran.stdout + ran.stderr
 
     return run
+
+
+def test_fixture_takes_what_a_limiter_takes() -> None:
+    taken = inspect.signature(Limiter).parameters.values()
+    named = {one.name for one in taken if one.kind == one.KEYWORD_ONLY}
+
+    (options,) = get_args(get_type_hints(MakeLimiter.__call__)["options"])
+
+    assert options.__optional_keys__ == named
+    assert get_type_hints(options) == {
+        name: hint for name, hint in get_type_hints(Limiter.__init__).items() if name in named
+    }
 
 
 def test_fixtures_work_in_a_test_of_users(run_pytest: Callable[..., tuple[int, str]]) -> None:

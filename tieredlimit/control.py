@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from tieredlimit import overrides
 from tieredlimit._core.change import Change
-from tieredlimit._core.condition import read_when
+from tieredlimit._core.condition import When, read_when
 from tieredlimit._core.override import Override
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.reading import Reading
@@ -17,12 +17,26 @@ from tieredlimit._core.who import Who
 from tieredlimit.backends.control import ControlStore
 from tieredlimit.errors import ConflictError, UsageError
 
-__all__ = ["Control"]
+__all__ = ["Control", "Given"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 # How often a change is worked out anew because somebody else was first.
 _ATTEMPTS = 5
+
+
+class Given(TypedDict, total=False):
+    """What every change may be told: who is meant, from when until when, and what is said of it."""
+
+    account: str | None
+    tier: str | None
+    when: Mapping[str, Any] | When | None
+    everyone: bool
+    begin: datetime | None
+    until: datetime | None
+    message: str | Mapping[str, str] | None
+    reason: str
+    actor: str
 
 
 class Control:
@@ -48,7 +62,9 @@ class Control:
         self._policy = policy
         self._standing = standing
 
-    async def close(self, feature: str, *, no_exceptions: bool = False, **given: Any) -> Change:
+    async def close(
+        self, feature: str, *, no_exceptions: bool = False, **given: Unpack[Given]
+    ) -> Change:
         """Deny a feature; `no_exceptions` also to those of whom something else was said before."""
         return await self._change(overrides.close, feature, given, no_exceptions=no_exceptions)
 
@@ -58,7 +74,7 @@ class Control:
         *,
         percent: float | None = None,
         ramp: timedelta | None = None,
-        **given: Any,
+        **given: Unpack[Given],
     ) -> Change:
         """Let the policy decide again: for all who are meant, or a share that may climb to all."""
         share = {
@@ -67,7 +83,7 @@ class Control:
         }
         return await self._change(overrides.open_, feature, given, **share)
 
-    async def set(self, feature: str, quotas: Any, **given: Any) -> Change:
+    async def set(self, feature: str, quotas: Any, **given: Unpack[Given]) -> Change:
         """Put quotas in the policy's place, written as in a policy file."""
 
         def set_(revision: Revision, policy: Policy, feature: str, who: Who, **rest: Any) -> Change:

@@ -10,18 +10,23 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 
 from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer
-from tieredlimit.integrations.endpoints import Door, feature_of, limits_of
+from tieredlimit.integrations import endpoints
+from tieredlimit.integrations.endpoints import Connection, Door
+from tieredlimit.request import RequestLimits
 
 try:
     from django.http import HttpRequest, HttpResponse
 except ImportError as exc:
     raise ImportError('Django is missing: pip install "tieredlimit[django]"') from exc
+
+if TYPE_CHECKING:
+    from django.http.response import HttpResponseBase
 
 __all__ = ["DeniedMiddleware", "feature_of", "limited", "limits_of"]
 
@@ -62,7 +67,8 @@ def limited(
             )
 
         async def awaited(request: Any, *args: Any, **kwargs: Any) -> Any:
-            status = await door.charge(request, door.asked(request, request))
+            connection = _connection(request)
+            status = await door.charge(connection, door.asked(connection, request))
             if status is not None:
                 return HttpResponse(status=status)  # the middleware answers instead
             answer = view(request, *args, **kwargs)
@@ -73,7 +79,8 @@ def limited(
             if of_coroutines or _is_on_event_loop():
                 # The latter is a class of async methods, whose `dispatch` is a plain one.
                 return awaited(request, *args, **kwargs)
-            status = async_to_sync(door.charge)(request, door.asked(request, request))
+            connection = _connection(request)
+            status = async_to_sync(door.charge)(connection, door.asked(connection, request))
             if status is not None:
                 return HttpResponse(status=status)
             return view(request, *args, **kwargs)
@@ -86,6 +93,26 @@ def limited(
     return decorate
 
 
+def feature_of(request: HttpRequest) -> str | None:
+    """Return the feature that the middleware has metered a request as.
+
+    None where it matched no route of the policy, or did not pass the middleware. What views take
+    themselves is not counted.
+    """
+    return endpoints.feature_of(_connection(request))
+
+
+def limits_of(request: HttpRequest) -> RequestLimits:
+    """Return what takes for one request.
+
+    As in `decision = await limits_of(request).take("video", cost=8)`.
+
+    Raises:
+        UsageError: The request did not pass `TieredLimitMiddleware`.
+    """
+    return endpoints.limits_of(_connection(request))
+
+
 class DeniedMiddleware:
     """Answer what a view's `decision.raise_if_denied()` raised, where Django would answer 500.
 
@@ -95,12 +122,14 @@ class DeniedMiddleware:
     sync_capable = True
     async_capable = True
 
-    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+    def __init__(
+        self, get_response: Callable[[HttpRequest], HttpResponseBase | Awaitable[HttpResponseBase]]
+    ) -> None:
         self.get_response = get_response
         if iscoroutinefunction(get_response):
             markcoroutinefunction(self)
 
-    def __call__(self, request: HttpRequest) -> Any:
+    def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
         """Pass the request on."""
         return self.get_response(request)
 
@@ -109,6 +138,12 @@ class DeniedMiddleware:
         if not isinstance(exception, Denied):
             return None
         return HttpResponse(status=limits_of(request).refuse(exception))
+
+
+def _connection(request: HttpRequest) -> Connection:
+    """Return the scope that an `ASGIRequest` has; under WSGI nothing passed the middleware."""
+    scope: Connection = getattr(request, "scope", {})
+    return scope
 
 
 def _is_on_event_loop() -> bool:

@@ -70,7 +70,8 @@ def django_user(
     def user_of_session(key: str) -> Answer:
         store = import_module(settings.SESSION_ENGINE).SessionStore(key)
         request = HttpRequest()
-        request.session = _Seen(store.load())  # all that is asked of it
+        session: Any = _Seen(store.load())
+        request.session = session  # all that is asked of it
         return map_user(get_user(request))
 
     find: Callable[[str], Answer] = _threaded(user_of_session)

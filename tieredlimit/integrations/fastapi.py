@@ -6,13 +6,14 @@ renders the denials. A feature that is only ever taken here needs no `routes` in
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeAlias
 
 from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
 from tieredlimit.decision import STATUSES, Decision, Reason
+from tieredlimit.identity import Answer
 from tieredlimit.integrations.endpoints import feature_of, limits_of
 from tieredlimit.integrations.starlette import denied
 from tieredlimit.limiter import Limiter
@@ -24,12 +25,17 @@ except ImportError as exc:  # pragma: no cover -- the tests have FastAPI
 
 __all__ = ["denied", "document_denials", "feature_of", "limited", "limits_of"]
 
+_Dependency: TypeAlias = Callable[
+    ..., Answer | Iterator[Account | None] | AsyncIterator[Account | None]
+]
+"""What FastAPI takes a value from: a function, async or not, or one that yields it."""
+
 _FEATURE = "tieredlimit_feature"
 _PROBLEM = "TieredLimitProblem"
 
 
 def limited(
-    feature: str, *, account: Callable[..., Any] | None = None, cost: int = 1
+    feature: str, *, account: _Dependency | None = None, cost: int = 1
 ) -> Callable[..., Awaitable[Decision]]:
     """Return a dependency that charges a feature, or denies the request.
 

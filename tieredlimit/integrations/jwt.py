@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
@@ -29,12 +29,15 @@ from tieredlimit.integrations._jwt_claims import Claim, Claims
 
 try:
     import jwt
-    from jwt import PyJWKClient
+    from jwt import PyJWK, PyJWKClient
     from jwt.algorithms import has_crypto
 
     from tieredlimit.integrations._jwt_keys import FetchedKeys, GivenKey, Key
 except ImportError as exc:  # pragma: no cover -- the tests have PyJWT
     raise ImportError('PyJWT is missing: pip install "tieredlimit[jwt]"') from exc
+
+if TYPE_CHECKING:
+    from jwt.algorithms import AllowedPublicKeys
 
 __all__ = ["Claim", "Claims", "access_token"]
 
@@ -45,7 +48,7 @@ _LONGEST_KEPT = 300.0
 
 
 def access_token(
-    key: Any,
+    key: str | bytes | AllowedPublicKeys | PyJWK | PyJWKClient,
     *,
     algorithms: Sequence[str],
     audience: str | Sequence[str] | None,

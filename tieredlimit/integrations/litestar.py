@@ -57,7 +57,7 @@ def limited(
     return guard
 
 
-def denied(request: Request[Any, Any, Any], exc: Denied) -> Response[Any]:
+def denied(request: Request[Any, Any, Any], exc: Denied) -> Response[None]:
     """Answer what a handler's `decision.raise_if_denied()` raised, where Litestar would answer 500.
 
     `Litestar(…, exception_handlers={Denied: denied})` is all that it takes.

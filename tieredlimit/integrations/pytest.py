@@ -6,9 +6,9 @@ an application has no plugin more in another one's tests.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 try:
     import pytest
@@ -22,9 +22,22 @@ from tieredlimit._core.policy import Policy  # noqa: E402
 from tieredlimit.backends import Backend, MemoryBackend  # noqa: E402
 from tieredlimit.inforce import Stored  # noqa: E402
 from tieredlimit.limiter import Limiter  # noqa: E402
+from tieredlimit.observe import Observer  # noqa: E402
 from tieredlimit.testing import Clock, RecordingObserver  # noqa: E402
 
 __all__ = ["MakeLimiter", "tieredlimit_clock", "tieredlimit_decisions", "tieredlimit_limiter"]
+
+
+class _Options(TypedDict, total=False):
+    """What else a `Limiter` is told."""
+
+    namespace: str
+    shards: int | None
+    enabled: bool
+    observers: Iterable[Observer]
+    close: str
+    close_file: str | Path | None
+    id_secret: str | None
 
 
 class MakeLimiter(Protocol):
@@ -34,7 +47,7 @@ class MakeLimiter(Protocol):
         self,
         policy: Policy | Mapping[str, Any] | str | Path | Stored,
         backend: Backend | str | None = None,
-        **options: Any,
+        **options: Unpack[_Options],
     ) -> Limiter:
         """Return a limiter whose decisions `tieredlimit_decisions` keeps."""
         ...
@@ -61,12 +74,12 @@ def tieredlimit_limiter(
     def make(
         policy: Policy | Mapping[str, Any] | str | Path | Stored,
         backend: Backend | str | None = None,
-        **options: Any,
+        **options: Unpack[_Options],
     ) -> Limiter:
         if backend is None:
             backend = MemoryBackend(clock=tieredlimit_clock)
-        observers = [tieredlimit_decisions, *options.pop("observers", ())]
-        return Limiter(policy, backend, observers=observers, **options)
+        options["observers"] = [tieredlimit_decisions, *options.get("observers", ())]
+        return Limiter(policy, backend, **options)
 
     return make
 

@@ -31,7 +31,7 @@ class Clock:
     """
 
     def __init__(self, start: datetime = _START) -> None:
-        self.now = 0
+        self.now: int = 0
         self.move_to(start)
 
     def __call__(self) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tieredlimit._core.account import Account
 from tieredlimit.backends import Backend
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.limiter import Limiter
+
+if TYPE_CHECKING:
+    from tieredlimit.control import Given
 
 __all__ = ["broken", "closed", "exhaust"]
 
@@ -48,7 +51,9 @@ async def exhaust(limiter: Limiter, account: Account, feature: str) -> Decision:
 
 
 @asynccontextmanager
-async def closed(limiter: Limiter, feature: str, **given: Any) -> AsyncIterator[None]:
+async def closed(
+    limiter: Limiter, feature: str, *, no_exceptions: bool = False, **given: Unpack[Given]
+) -> AsyncIterator[None]:
     """Close a feature within a block, and open it again at its end.
 
     As in `async with closed(limiter, "video", tier="new"):`. Who is meant and `message` are as for
@@ -58,8 +63,10 @@ async def closed(limiter: Limiter, feature: str, **given: Any) -> AsyncIterator[
     Raises:
         UsageError: As `limiter.control.close`.
     """
-    who = {word: given.pop(word) for word in _WHO if word in given} or {"everyone": True}
-    await limiter.control.close(feature, **who, **given)
+    if not any(word in given for word in _WHO):
+        given["everyone"] = True
+    who: dict[str, Any] = {word: value for word, value in given.items() if word in _WHO}
+    await limiter.control.close(feature, no_exceptions=no_exceptions, **given)
     try:
         yield
     finally:
