@@ -1,6 +1,7 @@
 """Every public name, used as a user would, with the types that a checker must give it.
 
-Never run: `scripts/check` reads it, with mypy and with pyright, both strict.
+Those of frameworks and of users' own tests are in files of their own. Never run: `scripts/check`
+reads them, with mypy and with pyright, both strict.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, assert_type
 
-from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Scope
 
 import tieredlimit
@@ -38,6 +38,7 @@ from tieredlimit import (
     TieredLimitMiddleware,
     UsageError,
     stored,
+    usage_app,
 )
 from tieredlimit.backends import (
     Backend,
@@ -54,14 +55,16 @@ from tieredlimit.decision import Denial, Reason
 from tieredlimit.identity import (
     Answer,
     Identify,
+    Remembered,
     api_key,
     blocking,
     client_address,
     first_of,
+    remember,
     request_user,
     resolve,
+    session,
 )
-from tieredlimit.integrations.fastapi import document_denials, limited
 from tieredlimit.integrations.prometheus import Counted, PrometheusCollector
 from tieredlimit.middleware import OnDenied
 
@@ -169,8 +172,13 @@ async def jobs(limiter: Limiter, account: Account, decision: Decision) -> None:
 async def control(limiter: Limiter) -> None:
     change = await limiter.control.close("video", tier="free", message={"en": "Paused."})
     assert_type(change.revision.number, int)
+    assert_type(change.revision.change, str)
     await limiter.control.open("video", tier="free", ramp=timedelta(minutes=30))
-    await limiter.control.set("video", "5/hour", everyone=True)
+    until = datetime(2026, 1, 9, tzinfo=UTC)
+    await limiter.control.set("video", "5/hour", everyone=True, until=until, reason="busy")
+    await limiter.control.close("video", when={"plan": "free"}, no_exceptions=True, actor="ann")
+    # What no change knows is found before it runs.
+    await limiter.control.close("video", tire="free")  # type: ignore[call-arg]
     await limiter.control.undo(actor="ann")
 
 
@@ -202,7 +210,27 @@ def identities() -> Identify:
     assert_type(addressed, Callable[[HTTPConnection], Account])
     keyed: Identify = api_key(from_database, scheme="Bearer")
     assert_type(api_key(waited), Identify)
+    assert_type(api_key({"key": Account("u1")}.get), Identify)
+    assert_type(session("user"), Identify)
+    assert_type(session(lookup=from_database), Identify)
     return first_of(keyed, request_user(), addressed)
+
+
+def remembered() -> Identify:
+    async def by_number(number: int) -> Account | None:
+        return Account(str(number)) if number else None
+
+    def by_key(key: str) -> Account:
+        return Account(key)
+
+    numbers = remember(by_number, 60, missing_seconds=0, most=100)
+    assert_type(numbers, Remembered[int])
+    assert_type(numbers(7), Answer)
+    assert_type(len(numbers), int)
+    numbers.forget(7)
+    numbers.clear()
+    keys: Remembered[str] = remember(by_key)
+    return first_of(api_key(keys, scheme="Bearer"), session(lookup=numbers))
 
 
 async def answers(answer: Answer) -> None:
@@ -229,16 +257,10 @@ def middlewares(app: Starlette, limiter: Limiter) -> ASGIApp:
     return TieredLimitMiddleware(app, limiter=limiter, on_denied=later)
 
 
-def fastapi(limiter: Limiter) -> FastAPI:
-    def current_account(request: Request) -> Account | None:
-        return Account(request.headers["x-user"])
-
-    app = FastAPI()
-    dependency = limited("video", account=current_account, cost=2)
-    assert_type(dependency, Callable[..., Awaitable[Decision]])
-    app.get("/videos", dependencies=[Depends(dependency)])(accounts)
-    document_denials(app, limiter)
-    return app
+def usage(app: Starlette, limiter: Limiter) -> None:
+    app.mount("/usage", usage_app(limiter))
+    told = usage_app(limiter, identities(), anonymous=client_address())
+    assert_type(told, ASGIApp)
 
 
 def prometheus(limiter: Limiter) -> PrometheusCollector:
