@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import re
 import shlex
 import tempfile
@@ -362,4 +363,6 @@ def main_() -> None:
 
 
 if __name__ == "__main__":
+    # The workers are in this process: what they log is none of the commands' output.
+    logging.getLogger("tieredlimit").addHandler(logging.NullHandler())
     main_()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.contract import quota
 from tieredlimit._core.fields import (
     legacy_fields,
     rate_limit_fields,
@@ -66,6 +67,19 @@ def test_zero_has_neither_window_nor_time() -> None:
         (b"ratelimit-policy", b'"video";q=0'),
         (b"ratelimit", b'"video";r=0'),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "capacity", "seconds"),
+    [("7/minute", 7, 60), ("7/minute", 3, 26), ("1/second", 1, 1), ("10/second", 5, 1),
+     ("1000000/second", 10**9, 1000), ("7/3 hours", 7, 10_800)],
+)  # fmt: skip
+def test_window_is_told_as_the_policy_has_it(text: str, capacity: int, seconds: int) -> None:
+    one = quota(text, "image-minute", capacity=capacity)
+
+    policy, _ = rate_limit_fields([View(capacity=capacity, window_us=one.window_us)])
+
+    assert policy[1] == f'"image-minute";q={capacity};w={seconds}'.encode()
 
 
 def test_times_round_up_and_are_at_least_a_second() -> None:

@@ -545,6 +545,46 @@ class TestOutage:
         assert "(999 more since the last line)" in caplog.messages[1]
         assert max(map(len, caplog.messages)) < 600
 
+    def test_what_goes_wrong_all_the_time_hides_nothing_else(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        seconds = 0.0
+        complaints = Complaints(lambda: seconds)
+
+        for i in range(2000):
+            seconds = i / 1000
+            complaints.log("no sign of life", BackendError("down"))
+            if i == 500:
+                complaints.log('"video" gets "allow"', BackendError("down"))
+
+        assert [one.split(": ")[1] for one in caplog.messages] == [
+            "no sign of life", '"video" gets "allow"', "no sign of life",
+        ]  # fmt: skip
+
+    def test_a_thousand_things_that_go_wrong_at_once_are_a_few_lines(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        seconds = 0.0
+        complaints = Complaints(lambda: seconds)
+
+        for second in (0.0, 10.0):
+            seconds = second
+            for i in range(1000):
+                complaints.log(f"trouble {second + i}", BackendError("down"))
+
+        assert len(caplog.records) == 2 * 17
+        assert len(complaints._kinds) <= 17
+
+    @pytest.mark.parametrize("given", ["u1", None, {"id": "u1"}, "video"])
+    async def test_who_is_no_account_is_said(self, given: Any) -> None:
+        limiter = Limiter(
+            {"features": {"video": {}}, "tiers": {"all": {"quotas": {"video": "5/day"}}}}
+        )
+
+        for ask in (limiter.take, limiter.peek):
+            with pytest.raises(UsageError, match="is an Account, got a value of type"):
+                await ask(given, "video")
+
     def test_a_fault_that_is_not_the_stores_is_shown_with_its_place(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:

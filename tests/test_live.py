@@ -1006,6 +1006,22 @@ class TestLost:
         assert said == ["closed"] * 5
         assert (await late.take(OLD, "video")).quotas[0].capacity == 7
 
+    async def test_whoever_leaves_the_file_it_was_given_says_so_once(
+        self, house: House, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.WARNING, "tieredlimit")
+        worker = await house.worker()
+        other = {**POLICY, "defaults": {"quotas": {"image": "1/hour", "video": "7/hour"}}}
+
+        first = (await do(worker, overrides.push, POLICY)).number
+        await follows(worker, first)
+        await do(worker, overrides.push, other)
+        await follows(worker, first + 1)
+
+        told = [one for one in caplog.messages if "in place of the one" in one]
+        assert len(told) == 1
+        assert f"the stored policy of revision {first} is in force" in told[0]
+
     @pytest.mark.fault("G2")
     async def test_broken_policy_leaves_the_one_in_force_and_is_reported(
         self, house: House, caplog: pytest.LogCaptureFixture
@@ -1213,6 +1229,19 @@ class TestBreakGlass:
         assert (video.status_code, image.status_code, pro.status_code) == (403, 200, 200)
         assert video.json()["reason"] == "closed"
         await limiter.close()
+
+    async def test_so_it_does_for_a_limiter_that_was_made_without_it(
+        self, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "closed").write_text("image:new\n", "utf-8")
+        monkeypatch.setenv("TIEREDLIMIT_CLOSE", "video:new")
+        monkeypatch.setenv("TIEREDLIMIT_CLOSE_FILE", str(tmp_path / "closed"))
+        limiter, other = Limiter(policy), Limiter(policy, close="")
+
+        said = [(await one.take(NEW, "video")).reason for one in (limiter, other)]
+        said += [(await limiter.take(NEW, "image")).reason]
+
+        assert said == ["closed", "allowed", "closed"]
 
     async def test_closed_wins_over_what_an_outage_would_allow(
         self, own_server: RedisServer

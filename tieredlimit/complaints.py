@@ -13,6 +13,9 @@ from tieredlimit.errors import BackendError, TieredLimitError
 __all__ = ["Complaints"]
 
 _LOG_INTERVAL = 1.0
+# Names of features may be in what is said: beyond so many at a time they share one line.
+_MOST_KINDS = 16
+_OTHERS = ""
 _LONGEST_COMPLAINT = 500
 _MOST_PLACES = 8
 
@@ -20,7 +23,10 @@ _log = logging.getLogger("tieredlimit")
 
 
 class Complaints:
-    """Log what went wrong on the way to a decision, one line a second at most.
+    """Log what went wrong on the way to a decision: of each kind one line a second at most.
+
+    What goes wrong all the time must not hide what goes wrong besides. Of more than 16 kinds at a
+    time the others share one line.
 
     Args:
         clock: Returns seconds; for tests.
@@ -28,8 +34,7 @@ class Complaints:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._quiet_until = -math.inf
-        self._unsaid = 0
+        self._kinds: dict[str, tuple[float, int]] = {}
 
     def log(self, what: str, error: Exception) -> None:
         """Log it with the error, and with where it was raised, if not by the store.
@@ -38,8 +43,10 @@ class Complaints:
         sent.
         """
         now = self._clock()
-        if now < self._quiet_until:
-            self._unsaid += 1
+        kind = self._kind_of(what, now)
+        quiet_until, unsaid = self._kinds.get(kind, (-math.inf, 0))
+        if now < quiet_until:
+            self._kinds[kind] = quiet_until, unsaid + 1
             return
         from_store = isinstance(error, BackendError)
         places = [] if from_store else traceback.format_tb(error.__traceback__)
@@ -48,13 +55,22 @@ class Complaints:
             "tieredlimit: %s: %s%s%s",
             what,
             _told(error),
-            f" ({self._unsaid} more since the last line)" if self._unsaid else "",
+            f" ({unsaid} more since the last line)" if unsaid else "",
             # Without the exception, for its text.
             "".join(["\n", *places[-_MOST_PLACES:]]) if places else "",
         )
-        self._quiet_until, self._unsaid = now + _LOG_INTERVAL, 0
+        self._kinds[kind] = now + _LOG_INTERVAL, 0
+
+    def _kind_of(self, what: str, now: float) -> str:
+        kinds = self._kinds
+        if what not in kinds and len(kinds) >= _MOST_KINDS:
+            for kind in [one for one, (until, _) in kinds.items() if until <= now]:
+                del kinds[kind]
+            if len(kinds) >= _MOST_KINDS:
+                return _OTHERS
+        return what
 
 
 def _told(error: Exception) -> str:
-    kind = type(error).__name__
-    return f"{kind}: {error}"[:_LONGEST_COMPLAINT] if isinstance(error, TieredLimitError) else kind
+    name = type(error).__name__
+    return f"{name}: {error}"[:_LONGEST_COMPLAINT] if isinstance(error, TieredLimitError) else name

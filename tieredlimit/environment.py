@@ -36,7 +36,5 @@ def from_environment() -> dict[str, Any]:
         "backend": os.environ.get("TIEREDLIMIT_REDIS") or None,
         "namespace": os.environ.get("TIEREDLIMIT_NAMESPACE") or DEFAULT_NAMESPACE,
         "enabled": _SWITCH[switch.lower()],
-        "close": os.environ.get("TIEREDLIMIT_CLOSE", ""),
-        "close_file": os.environ.get("TIEREDLIMIT_CLOSE_FILE") or None,
         "id_secret": os.environ.get("TIEREDLIMIT_ID_SECRET") or None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
@@ -43,6 +44,8 @@ _MOST_CELLS = 100
 _LONGEST_CLOSE_FILE = 64 * 1024
 _FILE_INTERVAL = 0.5
 
+_log = logging.getLogger("tieredlimit")
+
 
 class Stored:
     """Stand for the policy that was pushed to the store; see `stored`."""
@@ -76,7 +79,7 @@ class InForce:
         namespace: str,
         shards: int,
         *,
-        close: str,
+        close: str | None,
         close_file: str | Path | None,
         secret: IdSecret | None = None,
         tallies: Tallies,
@@ -101,9 +104,13 @@ class InForce:
         self.unknowns: Unknowns = Unknowns()
         self.revision: Revision = NOTHING
         self._overrides: tuple[Override, ...] = ()
+        close_file = close_file or os.environ.get("TIEREDLIMIT_CLOSE_FILE") or None
         self._file = None if close_file is None else Path(close_file)
         self._in_file: tuple[Override, ...] = ()
         self._file_text = ""
+        if close is None:
+            # Whoever has nothing else left must not find that somebody forgot to pass it on.
+            close = os.environ.get("TIEREDLIMIT_CLOSE", "")
         self._always = read_closures(close, "TIEREDLIMIT_CLOSE", self._given)
         self.store: ControlStore | None = None
         if isinstance(backend, MemoryBackend) or is_over_redis(backend):
@@ -170,6 +177,12 @@ class InForce:
                 table = self._rest_of(revision, self.table.policy)
             else:
                 self._overrides = revision.overrides
+            if self._given is not None and revision.base is not None and followed.base is None:
+                _log.warning(
+                    "tieredlimit: the stored policy of revision %d is in force in place of the one "
+                    "that this process was given",
+                    revision.number,
+                )
             self.revision, self.table = revision, table
             self._tallies.mark()
         self._changed(revision)

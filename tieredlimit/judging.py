@@ -29,8 +29,20 @@ def checked(table: Table, account: Account, feature: str, cost: int, now: int) -
         raise UsageError(
             f"cost must be a whole number from 0 to {MAX_AMOUNT:,}, got {_spell_cost(cost)}"
         )
+    require_account(account)
     found = table.find(account, feature, now) if type(feature) is str else None
     return found or named(table, table.tier_of(account, now), feature)
+
+
+def require_account(account: object) -> None:
+    """Check that what is charged is an account.
+
+    Raises:
+        UsageError: It is none; such as an id alone.
+    """
+    if not isinstance(account, Account):
+        kind = type(account).__name__
+        raise UsageError(f"who is charged is an Account, got a value of type {kind}")
 
 
 def named(table: Table, tier: str, feature: str) -> Entry:

@@ -29,7 +29,7 @@ from tieredlimit.decision import Decision
 from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.inforce import InForce, Stored
-from tieredlimit.judging import named
+from tieredlimit.judging import named, require_account
 from tieredlimit.leases import Leases
 from tieredlimit.local import Local
 from tieredlimit.observe import Observer, Observers
@@ -65,9 +65,10 @@ class Limiter(Peeking, Reserving):
         enabled: False allows everything and never asks the backend.
         observers: Who is shown each decision, outage and revision.
         close: What is closed in this process whatever is published, and even where the store is
-            down: `video:new, image` is a feature for a tier, and another for everyone.
+            down: `video:new, image` is a feature for a tier, and another for everyone. None is
+            what `TIEREDLIMIT_CLOSE` says.
         close_file: A file with lines of the same, looked at twice a second while the limiter is
-            open; it need not exist.
+            open; it need not exist. None is what `TIEREDLIMIT_CLOSE_FILE` names.
         id_secret: Ids are hashed with it wherever a bucket or a slot is named: in the store, in
             tokens, in what heartbeats tell. At least 16 characters; all processes of a namespace
             must have the same. None leaves ids readable.
@@ -86,7 +87,7 @@ class Limiter(Peeking, Reserving):
         shards: int | None = None,
         enabled: bool = True,
         observers: Iterable[Observer] = (),
-        close: str = "",
+        close: str | None = None,
         close_file: str | Path | None = None,
         id_secret: str | None = None,
     ) -> None:
@@ -330,6 +331,8 @@ class Limiter(Peeking, Reserving):
         at, by = 0, 0.0
         arrived = time.monotonic()
         keep_us = 0 if settle_within is None else kept_us(settle_within)
+        if type(account) is not Account:
+            require_account(account)
         for _ in range(1 + _MOST_REDECISIONS):
             decision, entry, subject, charges, stamp, times, claim = self._ask(
                 account, feature, cost, at, keep_us
@@ -368,7 +371,7 @@ class Limiter(Peeking, Reserving):
         Raises:
             UsageError: As `take`.
         """
-        if self._take_now is None:
+        if self._take_now is None or type(account) is not Account:
             return None
         decision, entry, subject, charges, _, _, claim = self._ask(account, feature, cost)
         if decision is not None:

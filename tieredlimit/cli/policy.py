@@ -50,7 +50,7 @@ def _changes(inner: Callable[..., None]) -> Callable[..., None]:
 @_changes
 @connects
 def push(ctx: click.Context, place: Place, /, *, files: tuple[str, ...], **given: Any) -> None:
-    """Store FILE as the policy of all workers that use the stored one.
+    """Store FILE as the policy of all workers, in place of what each was deployed with.
 
     Shows what changes, for whom, and how many tokens that hands out. Exit codes as for close.
     """
@@ -209,7 +209,10 @@ def _differences(head: Revision, new: Revision, place: Place) -> list[str]:
     compared = "" if head.base is not None else f" ({' + '.join(place.paths)}, as yet)"
     listed = [printable(str(one)) for one in found] or ["no cell differs"]
     stood = f"revision {head.number}, {brief(head.made_us)}" if head.base is not None else "files"
-    return [f"compared with {stood}{printable(compared)}:", *(f"  {line}" for line in listed)]
+    told = [f"compared with {stood}{printable(compared)}:", *(f"  {line}" for line in listed)]
+    if head.base is None:
+        told.append("it takes the place of the files that workers were given, until it is undone")
+    return told
 
 
 def _difference(one: Difference) -> dict[str, Any]:
