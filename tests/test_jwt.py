@@ -174,13 +174,26 @@ class TestToken:
     def test_token_that_is_there_twice_with_differing_values_is_nobody(self) -> None:
         mine, yours = signed(sub="mine"), signed(sub="yours")
         headers = [("authorization", f"Bearer {token}") for token in (mine, yours)]
-        cookies = ("cookie", f"access={mine}; access={yours}")
 
         assert by_secret()(connection(*headers)) is None
         assert (
             by_secret(cookie="access")(connection(*headers, ("cookie", f"access={mine}"))) is None
         )
-        assert by_secret(header=None, cookie="access")(connection(cookies)) is None
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_cookie_that_is_there_twice_is_the_one_that_starlette_serves(
+        self, together: bool
+    ) -> None:
+        identify = by_secret(header=None, cookie="access")
+        values = [f"access={signed(sub=name)}" for name in ("mine", "yours")]
+        lines = ["; ".join(values)] if together else values
+        given = connection(*(("cookie", line) for line in lines))
+
+        served = f"access={given.cookies['access']}"
+
+        assert served == values[1]
+        assert identify(given) == Account("yours")
+        assert identify(connection(("cookie", f"{lines[-1]}; access="))) is None
 
 
 class TestStrangers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from starlette.requests import HTTPConnection, cookie_parser
+from starlette.requests import HTTPConnection
 
 from tieredlimit.errors import UsageError
 
@@ -38,14 +38,11 @@ def header_credential(connection: HTTPConnection, name: bytes, scheme: str | Non
 
 
 def cookie_credential(connection: HTTPConnection, name: str) -> str | None:
-    """Return the value of a cookie; None where it is absent, empty, or differs from itself."""
-    values = set()
-    for line in header_values(connection, b"cookie"):
-        for part in line.decode("latin-1").split(";"):
-            value = cookie_parser(part).get(name)
-            if value is not None:
-                values.add(value)
-    return (values.pop() or None) if len(values) == 1 else None
+    """Return the value of a cookie; None where it is absent or empty.
+
+    Of several of that name it is the one that Starlette takes, the last, as most frameworks do.
+    """
+    return connection.cookies.get(name) or None
 
 
 def require_token(place: str, word: str) -> None:
