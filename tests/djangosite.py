@@ -6,6 +6,7 @@ Each view does one thing to a user or a session; `/who` says who is charged, and
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import django
@@ -14,7 +15,11 @@ from django.conf import settings
 settings.configure(
     ALLOWED_HOSTS=["*"],
     DATABASES={
-        "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": os.environ["SITE_DATABASE"]}
+        "default": {
+            "ATOMIC_REQUESTS": True,
+            "ENGINE": "django.db.backends.sqlite3",
+            "NAME": os.environ["SITE_DATABASE"],
+        }
     },
     INSTALLED_APPS=[
         "django.contrib.auth",
@@ -31,17 +36,18 @@ settings.configure(
     SECRET_KEY="s3cret",
     SECRET_KEY_FALLBACKS=["an-older-s3cret"],
     SESSION_ENGINE=os.environ["SITE_ENGINE"],
+    SESSION_FILE_PATH=str(Path(os.environ["SITE_DATABASE"]).parent),
     USE_TZ=False,
     TIME_ZONE="Europe/Paris",
 )
 django.setup()
 
 from django.contrib.auth import authenticate, login, logout  # noqa: E402 -- after the setup
-from django.contrib.auth.models import User  # noqa: E402
+from django.contrib.auth.models import Group, User  # noqa: E402
 from django.contrib.sessions.models import Session  # noqa: E402
 from django.core.asgi import get_asgi_application  # noqa: E402
 from django.core.management import call_command  # noqa: E402
-from django.db import connections  # noqa: E402
+from django.db import connections, transaction  # noqa: E402
 from django.db.backends.signals import connection_created  # noqa: E402
 from django.dispatch import receiver  # noqa: E402
 from django.http import HttpRequest, HttpResponse, JsonResponse  # noqa: E402
@@ -49,6 +55,7 @@ from django.urls import path  # noqa: E402
 from django.utils.functional import SimpleLazyObject  # noqa: E402
 
 from tieredlimit import Account, Limiter, TieredLimitMiddleware  # noqa: E402
+from tieredlimit.integrations.django import limited  # noqa: E402
 from tieredlimit.integrations.django_users import django_user  # noqa: E402
 
 if TYPE_CHECKING:
@@ -56,8 +63,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 POLICY = {
-    "features": {"page": {"routes": ["GET /who"]}},
-    "tiers": {"all": {"quotas": {"page": "unlimited"}}},
+    "features": {"page": {"routes": ["GET /who"]}, "group": {"outage": "deny"}},
+    "tiers": {"all": {"quotas": {"page": "unlimited", "group": "unlimited"}}},
 }
 
 
@@ -99,6 +106,7 @@ def identify(connection: HTTPConnection) -> Any:
     return WAYS[connection.headers.get("x-way", "fresh")](connection)
 
 
+@transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # Django ships no types
 async def who(request: Any) -> HttpResponse:
     """Say who is charged and who is served, or only what that has taken so far."""
     limits = request.scope["state"]["tieredlimit"]
@@ -154,12 +162,36 @@ def change(request: HttpRequest) -> HttpResponse:
             # As if it had been logged in before the secret was changed.
             (older,) = user.get_session_auth_fallback_hash()
             request.session["_auth_user_hash"] = older
+        case "expired":
+            request.session.set_expiry(-1)
+            return JsonResponse({"in": settings.SESSION_FILE_PATH})
         case "sessions":
             return JsonResponse({"keys": [one.session_key for one in Session.objects.all()]})
     return JsonResponse({"id": str(user.pk)})
 
 
+@limited("group")
+def make(request: Any) -> HttpResponse:
+    """Make a group, in a plain view that is limited."""
+    Group.objects.create(name=request.GET["name"])
+    return HttpResponse()
+
+
+def make_two(request: HttpRequest) -> HttpResponse:
+    """Make another group before the charge."""
+    Group.objects.create(name=request.GET["name"] + " before")
+    return make(request)
+
+
+def groups(_: HttpRequest) -> HttpResponse:
+    """List the groups."""
+    return JsonResponse({"names": list(Group.objects.values_list("name", flat=True))})
+
+
 urlpatterns = [
+    path("make", make),
+    path("make-two", make_two),
+    path("groups", groups),
     path("who", who),
     path("enter", enter),
     path("leave", leave),
@@ -172,7 +204,7 @@ for name in ("ada", "bob", "cat", "dan"):
         User.objects.create_user(name, password="pass", date_joined="2026-01-09 12:00:00")
 connections.close_all()
 
-limited = TieredLimitMiddleware(get_asgi_application(), limiter=Limiter(POLICY), identify=identify)
+around = TieredLimitMiddleware(get_asgi_application(), limiter=Limiter(POLICY), identify=identify)
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -181,4 +213,4 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     if b"x-scope-user" in headers:
         name = headers[b"x-scope-user"].decode()
         scope["user"] = SimpleLazyObject(lambda: User.objects.get(username=name))
-    await limited(scope, receive, send)
+    await around(scope, receive, send)
