@@ -44,6 +44,9 @@ def feature_of(connection: Connection) -> str | None:
 
     None where it matched no route of the policy, or did not pass the middleware. What endpoints
     take themselves is not counted. An `identify` may ask, too: it is called after the match.
+
+    Raises:
+        UsageError: The connection has no ASGI scope, as under WSGI.
     """
     limits = _found(connection)
     return None if limits is None else limits.metered
@@ -56,7 +59,8 @@ def limits_of(connection: Connection, asker: str = "this") -> RequestLimits:
     `request.state.tieredlimit`. `asker` is who the error says needs it.
 
     Raises:
-        UsageError: The connection did not pass `TieredLimitMiddleware`.
+        UsageError: The connection did not pass `TieredLimitMiddleware`, or has no ASGI scope, as
+            under WSGI.
     """
     limits = _found(connection)
     if limits is None:
@@ -134,9 +138,14 @@ def _found(connection: Connection) -> RequestLimits | None:
 
 
 def _scope(connection: Connection) -> MutableMapping[str, Any]:
-    scope: Any = connection
     # Starlette's own connections are mappings, too, and have one all the same.
-    return cast(MutableMapping[str, Any], getattr(scope, "scope", scope))  # by the type of it
+    scope: Any = getattr(connection, "scope", connection)
+    if not isinstance(scope, Mapping):
+        raise UsageError(
+            "tieredlimit needs an ASGI scope, or a request that has one, got "
+            f"{type(connection).__name__:.80}: is the application served under WSGI?"
+        )
+    return cast(MutableMapping[str, Any], scope)  # as all of them are
 
 
 def _is_cost(value: object) -> bool:
