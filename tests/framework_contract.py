@@ -55,6 +55,8 @@ FIELDS = {"ratelimit", "ratelimit-policy", "retry-after"}
 CLIENT = ("192.0.2.1", 1)
 PATIENCE = 10.0
 
+PREFLIGHT = {"origin": "https://x.example", "access_control_request_method": "POST"}
+
 PATHS = ["/images", "/images/7", "/api/images", "/mounted/pictures"]
 ROOTS = ["", "/", "/root", "/root/", "root", "/images", "/api", "/mounted", "//", "/root/images"]
 METERED = b'"image"'
@@ -99,6 +101,7 @@ class Framework:
       feature_of(request)}`
     - `POST /both`: also `limited("image")`, and then takes an image in the handler
     - `POST /limited`, `POST /limited-sync` (a plain function), `POST /class`: `limited("image")`
+    - `OPTIONS /options`: `limited("image")`, where the application itself answers that method
     - `POST /taken`: takes an image in the handler and raises where it is denied
     - `POST /costly`: `limited("video")` with the cost of the header x-cost, and the account x-who;
       JSON `{"left": …}` of `limits_of(request)`; `POST /costly-sync` in a plain function
@@ -496,18 +499,26 @@ class FrameworkContract(Framework):
 
         assert answer.json["word"] == "set outside"
 
-    async def test_browsers_preflight_is_never_charged(self, app: ASGIApp) -> None:
-        asked = {"origin": "https://x.example", "access_control_request_method": "POST"}
-        for door in ("/images", "/limited"):
+    async def test_preflight_that_the_framework_answers_is_never_charged(
+        self, app: ASGIApp
+    ) -> None:
+        for door in DOORS:
             for _ in range(3):
-                answer = await ask(app, f"OPTIONS {door}", x_who="ada", **asked)
-                assert answer.status != 429
+                answer = await ask(app, f"OPTIONS {door}", x_who="ada", **PREFLIGHT)
+                assert answer.status in (200, 204, 405)
+                assert b'"feature"' not in answer.body  # no endpoint has run
 
         assert (
             (await ask(app, "POST /limited", x_who="ada"))
             .headers["ratelimit"]
             .startswith('"image-hour";r=1;')
         )
+
+    async def test_preflight_that_runs_a_limited_endpoint_is_charged(self, app: ASGIApp) -> None:
+        made = [await ask(app, "OPTIONS /options", x_who="ada", **PREFLIGHT) for _ in range(3)]
+
+        assert [answer.status for answer in made] == [200, 200, 429]
+        assert made[0].json == {"feature": None}
 
     @pytest.mark.fault("E10")
     async def test_whatever_the_router_gives_to_a_metered_handler_is_metered(self) -> None:

@@ -24,12 +24,13 @@ from django.test import RequestFactory, override_settings
 from django.urls import include, is_valid_path, path, re_path
 from django.utils.decorators import method_decorator
 from django.views import View
-from django.views.decorators.http import require_http_methods
+from django.views.decorators.http import require_http_methods, require_POST
 
 from tests.framework_contract import (
     DONE,
     GATE,
     POLICY,
+    PREFLIGHT,
     WORD,
     FrameworkContract,
     ask,
@@ -47,11 +48,10 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp
 
-post = require_http_methods(["POST", "OPTIONS"])
 get = require_http_methods(["GET", "HEAD"])
 
 
-@post
+@require_POST
 async def image(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"feature": feature_of(request)})
 
@@ -67,20 +67,25 @@ async def picture(request: HttpRequest) -> HttpResponse:
     return await image(request)
 
 
-@post
+@require_POST
 @limited("image")
 async def both(request: HttpRequest) -> HttpResponse:
     (await limits_of(request).take("image")).raise_if_denied()
     return JsonResponse({"feature": feature_of(request)})
 
 
-@post
+@require_POST
 @limited("image")
 async def limited_view(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"feature": feature_of(request)})
 
 
-@post
+@limited("image")
+async def options(request: HttpRequest) -> HttpResponse:
+    return JsonResponse({"feature": feature_of(request)})
+
+
+@require_POST
 @limited("image")
 def limited_sync(request: HttpRequest) -> HttpResponse:
     with pytest.raises(RuntimeError):
@@ -104,19 +109,19 @@ class PlainClass(View):
         return JsonResponse({"feature": feature_of(request)})
 
 
-@post
+@require_POST
 async def taken(request: HttpRequest) -> HttpResponse:
     (await limits_of(request).take("image")).raise_if_denied()
     return JsonResponse({"feature": feature_of(request)})
 
 
-@post
+@require_POST
 @limited("video", cost=price, account=payer)
 async def costly(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"left": limits_of(request).decisions["video"].remaining})
 
 
-@post
+@require_POST
 @limited("video", cost=price, account=payer)
 def costly_sync(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"left": limits_of(request).decisions["video"].remaining})
@@ -156,6 +161,7 @@ URLS.urlpatterns = [  # type: ignore[attr-defined]  # a module made here
     path("pictures", picture),
     path("both", both),
     path("limited", limited_view),
+    path("options", options),
     path("limited-sync", limited_sync),
     path("class", Limited.as_view()),
     path("plain-class", PlainClass.as_view()),
@@ -239,6 +245,72 @@ async def test_methods_of_a_class_are_limited_one_by_one(in_force: None) -> None
         made = [(await ask(app, f"{m} /plain-class")).status for m in ("PUT", "POST", "PUT", "GET")]
 
     assert made == [200, 200, 429, 405]
+
+
+class Anything(View):
+    def dispatch(self, request: HttpRequest) -> HttpResponse:
+        return JsonResponse({"made": True})
+
+
+@method_decorator(limited("image"), name="dispatch")
+class LimitedAnything(Anything):
+    pass
+
+
+@method_decorator(limited("image"), name="dispatch")
+class OwnOptions(View):
+    def options(self, request: HttpRequest) -> HttpResponse:
+        return JsonResponse({"made": True})
+
+
+class Always(View):
+    @method_decorator(limited("image"))
+    def post(self, request: HttpRequest) -> HttpResponse:
+        return JsonResponse({"made": True})
+
+    def dispatch(self, request: HttpRequest) -> HttpResponse:
+        return self.post(request)
+
+
+@limited("image")
+def every_method(request: HttpRequest) -> HttpResponse:
+    return JsonResponse({"made": True})
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        every_method,
+        LimitedAnything.as_view(),
+        OwnOptions.as_view(),
+        Always.as_view(),
+        limited("image")(Anything.as_view()),
+    ],
+    ids=["function", "dispatch", "options", "method", "as_view"],
+)
+async def test_preflight_that_a_view_answers_itself_is_charged(in_force: None, view: Any) -> None:
+    with urls(path("view", view)):
+        async with Limiter(POLICY) as limiter:
+            app = TieredLimitMiddleware(ASGIHandler(), limiter=limiter)
+            made = [await ask(app, "OPTIONS /view", **PREFLIGHT) for _ in range(3)]
+
+    assert [answer.status for answer in made] == [200, 200, 429]
+
+
+@pytest.mark.parametrize(
+    "view", [Limited.as_view(), limited("image")(PlainClass.as_view())], ids=["dispatch", "as_view"]
+)
+async def test_preflight_of_a_class_that_leaves_it_to_django_is_not_charged(
+    in_force: None, view: Any
+) -> None:
+    with urls(path("view", view)):
+        async with Limiter(POLICY) as limiter:
+            app = TieredLimitMiddleware(ASGIHandler(), limiter=limiter)
+            asked = [await ask(app, "OPTIONS /view", **PREFLIGHT) for _ in range(3)]
+            made = [(await ask(app, "POST /view")).status for _ in range(3)]
+
+    assert [(answer.status, answer.body) for answer in asked] == [(200, b"")] * 3
+    assert made == [200, 200, 429]
 
 
 async def test_functions_of_a_plain_view_run_in_its_thread_and_charge_on_the_event_loop(

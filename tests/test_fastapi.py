@@ -248,6 +248,7 @@ router = APIRouter()
 @router.post("/images")
 @router.get("/images/{id}")
 @router.post("/limited", dependencies=[image_of_subject])
+@router.options("/options", dependencies=[image_of_subject])
 async def image(request: Request) -> dict[str, Any]:
     return {"feature": feature_of(request)}
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from litestar import Controller, Litestar, Request, Response, Router, WebSocket, asgi, get, post
+from litestar import (
+    Controller,
+    HttpMethod,
+    Litestar,
+    Request,
+    Response,
+    Router,
+    WebSocket,
+    asgi,
+    get,
+    post,
+    route,
+)
 from litestar import websocket as websocket_handler
 from litestar.background_tasks import BackgroundTask
 from litestar.middleware import DefineMiddleware
@@ -15,6 +27,7 @@ from tests.framework_contract import (
     DONE,
     GATE,
     POLICY,
+    PREFLIGHT,
     WORD,
     WebSocketContract,
     ask,
@@ -54,6 +67,11 @@ async def both(request: AnyRequest) -> dict[str, Any]:
 
 @post("/limited", status_code=200, guards=[limited("image")])
 async def limited_handler(request: AnyRequest) -> dict[str, Any]:
+    return {"feature": feature_of(request)}
+
+
+@route("/options", http_method=[HttpMethod.OPTIONS], status_code=200, guards=[limited("image")])
+async def options(request: AnyRequest) -> dict[str, Any]:
     return {"feature": feature_of(request)}
 
 
@@ -150,7 +168,7 @@ async def mounted(scope: Any, receive: Any, send: Any) -> None:
 
 HANDLERS: list[Any] = [
     *(image, variation, both, limited_handler, limited_sync, Limited, taken, costly, costly_sync),
-    *(crash, free_crash, stream, background, free, socket, limited_socket, mounted),
+    *(options, crash, free_crash, stream, background, free, socket, limited_socket, mounted),
     Router("/api", route_handlers=[image]),
 ]
 
@@ -241,6 +259,20 @@ async def test_guard_charges_once_wherever_it_is_given(at: str) -> None:
 
         made = [(await ask(app, "POST /made")).status for _ in range(3)]
 
+    assert made == [200, 200, 429]
+
+
+async def test_preflight_that_litestar_answers_is_charged_by_no_guard_around_it() -> None:
+    @post("/made", status_code=200)
+    async def make() -> None: ...
+
+    async with Limiter(POLICY) as limiter:
+        app = TieredLimitMiddleware(litestar(make, guards=[limited("image")]), limiter=limiter)
+
+        asked = [(await ask(app, "OPTIONS /made", **PREFLIGHT)).status for _ in range(3)]
+        made = [(await ask(app, "POST /made")).status for _ in range(3)]
+
+    assert asked == [204] * 3
     assert made == [200, 200, 429]
 
 

@@ -45,6 +45,7 @@ def charged_in_views() -> Blueprint:
         (await limits_of(request).take("image")).raise_if_denied()
         return {"feature": feature_of(request)}
 
+    @app.route("/options", methods=["OPTIONS"])
     @app.post("/limited")
     @limited("image")
     async def limited_view() -> ResponseReturnValue:

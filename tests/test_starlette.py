@@ -107,6 +107,7 @@ ROUTES = [
     Route("/images/{id}", metered),
     Route("/both", both, methods=["POST"]),
     Route("/limited", limited_endpoint, methods=["POST"]),
+    Route("/options", limited_endpoint, methods=["OPTIONS"]),
     Route("/limited-sync", limited_sync, methods=["POST"]),
     Route("/class", Limited),
     Route("/taken", taken, methods=["POST"]),

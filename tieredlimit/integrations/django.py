@@ -17,11 +17,12 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer
 from tieredlimit.integrations import endpoints
-from tieredlimit.integrations.endpoints import Connection, Door
+from tieredlimit.integrations.endpoints import Asked, Connection, Door
 from tieredlimit.request import RequestLimits
 
 try:
     from django.http import HttpRequest, HttpResponse
+    from django.views import View
 except ImportError as exc:
     raise ImportError('Django is missing: pip install "tieredlimit[django]"') from exc
 
@@ -42,9 +43,12 @@ def limited(
     """Return a decorator that charges a feature before a view runs, or denies the request.
 
     For views async or not, and by Django's `method_decorator` for classes:
-    `@method_decorator(limited("video"), name="dispatch")`, or on single methods. A plain view stays
-    one, and runs in its thread; what is charged for it is asked on the event loop. A feature is
-    charged once per request: where the middleware or another decorator has charged it, that stands.
+    `@method_decorator(limited("video"), name="dispatch")`, or on single methods. Django runs a
+    function for every method, and every one is charged, a preflight too: `@require_POST` above this
+    answers the others before they are. Only a class that leaves OPTIONS to Django has preflights
+    for nothing. A plain view stays one, and runs in its thread; what is charged for it is asked on
+    the event loop. A feature is charged once per request: where the middleware or another decorator
+    has charged it, that stands.
 
     Args:
         feature: The feature's name.
@@ -66,9 +70,11 @@ def limited(
                 '@method_decorator(limited(…), name="dispatch")'
             )
 
+        def asked(request: Any) -> Asked | None:
+            return door.asked(request, request, answers_preflights=answers_preflights)
+
         async def awaited(request: Any, *args: Any, **kwargs: Any) -> Any:
-            connection = _connection(request)
-            status = await door.charge(connection, door.asked(connection, request))
+            status = await door.charge(_connection(request), asked(request))
             if status is not None:
                 return HttpResponse(status=status)  # the middleware answers instead
             answer = view(request, *args, **kwargs)
@@ -79,12 +85,12 @@ def limited(
             if of_coroutines or _is_on_event_loop():
                 # The latter is a class of async methods, whose `dispatch` is a plain one.
                 return awaited(request, *args, **kwargs)
-            connection = _connection(request)
-            status = async_to_sync(door.charge)(connection, door.asked(connection, request))
+            status = async_to_sync(door.charge)(_connection(request), asked(request))
             if status is not None:
                 return HttpResponse(status=status)
             return view(request, *args, **kwargs)
 
+        answers_preflights = _leaves_options(view)
         of_coroutines = iscoroutinefunction(view)
         if of_coroutines:
             markcoroutinefunction(limited_view)
@@ -140,10 +146,23 @@ class DeniedMiddleware:
         return HttpResponse(status=limits_of(request).refuse(exception))
 
 
-def _connection(request: HttpRequest) -> Connection:
-    """Return the scope that an `ASGIRequest` has; under WSGI nothing passed the middleware."""
-    scope: Connection = getattr(request, "scope", {})
-    return scope
+def _connection(request: Any) -> Connection:
+    """Return what has a scope under ASGI; Django's types know of none."""
+    connection: Connection = request
+    return connection
+
+
+def _leaves_options(view: Any) -> bool:
+    """Say whether a view is a class's whose OPTIONS Django answers itself: listing its methods."""
+    of_class = getattr(view, "view_class", None)  # what `as_view` made
+    if of_class is None:
+        dispatch = getattr(view, "func", None)  # bound, as `method_decorator` hands it on
+        of_class = type(getattr(dispatch, "__self__", None))
+        way = getattr(dispatch, "__func__", None)
+    else:
+        way = getattr(of_class, "dispatch", None)
+    # One of its own may do anything.
+    return way is View.dispatch and getattr(of_class, "options", None) is View.options
 
 
 def _is_on_event_loop() -> bool:

@@ -97,14 +97,18 @@ class Door(Generic[R]):
                 f"got {self.account!r:.80}"
             )
 
-    def asked(self, connection: Connection, request: R) -> Asked | None:
+    def asked(
+        self, connection: Connection, request: R, *, answers_preflights: bool = False
+    ) -> Asked | None:
         """Return what the application's functions say, called here, in the thread of who asks.
 
-        None for a browser's preflight, which is never charged.
+        None for a browser's preflight where the framework `answers_preflights`. Elsewhere one that
+        comes this far has passed whatever does so, and would run the endpoint like any request.
         """
-        scope = _scope(connection)
-        if scope.get("method") == "OPTIONS" and is_preflight(scope):
-            return None
+        if answers_preflights:
+            scope = _scope(connection)
+            if scope.get("method") == "OPTIONS" and is_preflight(scope):
+                return None
         cost = self.cost(request) if callable(self.cost) else self.cost
         return cost, None if self.account is None else self.account(request)
 

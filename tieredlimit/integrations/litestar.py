@@ -18,10 +18,14 @@ try:
     from litestar.connection import ASGIConnection
     from litestar.exceptions import HTTPException
     from litestar.handlers import BaseRouteHandler
+    from litestar.routes import HTTPRoute
 except ImportError as exc:
     raise ImportError('Litestar is missing: pip install "tieredlimit[litestar]"') from exc
 
 __all__ = ["denied", "feature_of", "limited", "limits_of"]
+
+# Where the handlers of OPTIONS are from that Litestar adds, below the guards of what is around.
+_ROUTES = HTTPRoute.__module__
 
 
 def limited(
@@ -33,7 +37,8 @@ def limited(
     """Return a guard that charges a feature before a handler runs, or denies the request.
 
     Give it as `guards=[limited("video")]` to a handler, a controller, a router or the application;
-    a WebSocket is charged before it is accepted. A feature is charged once per request: where the
+    a WebSocket is charged before it is accepted, a browser's preflight only where a handler of
+    yours would answer it. A feature is charged once per request: where the
     middleware or another guard has charged it, that stands.
 
     Args:
@@ -48,8 +53,12 @@ def limited(
     """
     door: Door[Any] = Door(feature, cost, account)
 
-    async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        status = await door.charge(connection, door.asked(connection, connection))
+    async def guard(
+        connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler
+    ) -> None:
+        own = handler.fn.__module__ == _ROUTES
+        asked = door.asked(connection, connection, answers_preflights=own)
+        status = await door.charge(connection, asked)
         if status is not None:
             # The middleware answers instead. Guards can but raise, and this is no error to log.
             raise HTTPException(status_code=status)
