@@ -1,13 +1,15 @@
 """Django: `uvicorn examples.django_app:app`, then `curl -X POST localhost:8000/v1/images`.
 
 Images are metered by their route; a video is charged by its view, a plain one, by the second.
-Django has no lifespan: the limiter opens at the first request.
+Django runs a view for every method, metered or not, hence `require_POST`. It has no lifespan: the
+limiter opens at the first request.
 """
 
 from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
+from django.views.decorators.http import require_POST
 
 from tieredlimit import Account, Limiter, TieredLimitMiddleware
 from tieredlimit.identity import api_key
@@ -26,11 +28,13 @@ DENIED = "tieredlimit.integrations.django.DeniedMiddleware"
 settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], MIDDLEWARE=[DENIED])
 
 
+@require_POST
 async def create_image(_: HttpRequest) -> JsonResponse:
     """Make an image."""
     return JsonResponse({"image": "ready"})
 
 
+@require_POST
 @limited("video", cost=lambda request: max(1, min(request.resolver_match.kwargs["seconds"], 60)))
 def create_video(_: HttpRequest, seconds: int) -> JsonResponse:
     """Make a video."""

@@ -15,7 +15,7 @@ import pytest
 from django.conf import settings
 
 from examples.demo_server import CHECKOUT
-from tests.framework_contract import ask
+from tests.framework_contract import PREFLIGHT, ask
 from tests.serving import serve_workers
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PAGES = CHECKOUT / "docs" / "frameworks"
 FRAMEWORKS = ["starlette", "fastapi", "litestar", "quart", "django"]
+BROWSERS = {name.replace("_", "-"): value for name, value in PREFLIGHT.items()}
 MOST_COMMANDS = 3
 MOST_LINES = 15
 
@@ -70,12 +71,25 @@ def test_first_429_needs_no_more_than_three_commands_and_fifteen_lines(
     assert server[0] == "uvicorn"
     with serve_workers(server[1], tmp_path, 1) as url:
         answers = asked(curl, url)
+        others = asked_otherwise(url, "/v1/videos")
 
     assert [answer.status_code for answer in answers] == [*[answers[0].status_code] * 2, 429]
     assert answers[0].is_success
     assert "ratelimit" in answers[0].headers
     assert int(answers[2].headers["retry-after"]) <= 30
     assert answers[2].json()["reason"] == "quota"
+    assert [answer.status_code for answer in others[1:]] == [405] * (len(others) - 1)
+    assert others[0].status_code in (200, 204, 405)
+    assert all(answers[0].text not in answer.text for answer in others)
+
+
+def asked_otherwise(url: str, path: str, **headers: str) -> list[httpx.Response]:
+    """Ask for what is metered as POST by other methods, a browser's preflight first."""
+    with httpx.Client(base_url=url, timeout=20.0, trust_env=False, headers=headers) as client:
+        return [
+            client.options(path, headers=BROWSERS),
+            *(client.request(method, path) for method in ("GET", "PUT", "PATCH", "DELETE")),
+        ]
 
 
 def is_ours(name: str) -> bool:
@@ -177,6 +191,10 @@ def test_example_charges_images_by_their_route_and_videos_by_the_second(
         images = [client.post("/v1/images", headers=bob) for _ in range(6)]
         zero = client.post("/v1/videos/10", headers=bob)
         videos = [client.post(f"/v1/videos/{n}", headers=ada) for n in (50, 5, 500)]
+        others = [
+            *asked_otherwise(url, "/v1/images", **{"x-api-key": "key-bob"}),
+            *asked_otherwise(url, "/v1/videos/10", **{"x-api-key": "key-bob"}),
+        ]
 
     statuses = [answer.status_code for answer in images]
     assert statuses == [statuses[0]] * 5 + [429]
@@ -186,6 +204,11 @@ def test_example_charges_images_by_their_route_and_videos_by_the_second(
     assert videos[0].headers["ratelimit"].startswith('"video-hour";r=10;')
     assert videos[1].headers["ratelimit"].startswith('"video-hour";r=5;')
     assert 3200 < int(videos[2].headers["retry-after"]) <= 3300
+    # Nobody makes for nothing, by another method, what is used up.
+    assert {answer.status_code for answer in others} <= {200, 204, 405}
+    assert [
+        answer.text for answer in others if "ready" in answer.text or "sec" in answer.text
+    ] == []
 
 
 def test_every_page_is_listed_on_the_first() -> None:
