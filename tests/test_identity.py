@@ -312,6 +312,19 @@ class TestRequestUser:
         with pytest.raises(UsageError, match=r"account id must be a string, got int$"):
             request_user()(connection(user=Numbered()))
 
+    def test_a_user_without_an_identity_is_refused_and_what_is_missing_named(self) -> None:
+        class Mine:
+            is_authenticated = True
+            display_name = "whatever the user likes"
+
+        class Unfinished(BaseUser):
+            is_authenticated = True
+
+        with pytest.raises(UsageError, match=r"Mine has no identity; give request_user a mapping"):
+            request_user()(connection(user=Mine()))
+        with pytest.raises(UsageError, match="Unfinished has no display_name"):
+            request_user()(connection(user=Unfinished()))
+
     async def test_a_mapping_of_ones_own_may_be_sync_or_async(self) -> None:
         def plain(user: Customer) -> Account:
             return Account(user.identity, within={"org": "o7"})

@@ -172,6 +172,8 @@ def request_user(to_account: Callable[[Any], Answer] | None = None) -> Identify:
         to_account: From the user to the account, sync or async. None takes `identity` as the id
             (or `display_name`, where the class does not implement it), and `plan`, `created_at` and
             `tags` where the user has them.
+
+    The identify raises `UsageError` where there is no mapping and the user has no `identity`.
     """
     mapping = _account_of_user if to_account is None else to_account
 
@@ -267,16 +269,25 @@ def client_address(
 
 
 def _account_of_user(user: Any) -> Account:
-    try:
-        identity = user.identity
-    except NotImplementedError:
-        identity = user.display_name
     return Account(
-        identity,
+        _identity_of(user),
         plan=getattr(user, "plan", None),
         created_at=getattr(user, "created_at", None),
         tags=getattr(user, "tags", None) or (),
     )
+
+
+def _identity_of(user: Any) -> Any:
+    for name in ("identity", "display_name"):
+        try:
+            return getattr(user, name)
+        except NotImplementedError:
+            continue
+        except AttributeError:
+            break
+    # Only the type: the user itself may be anything.
+    kind = type(user).__qualname__
+    raise UsageError(f"a user of type {kind} has no {name}; give request_user a mapping")
 
 
 def _require_within(place: str, value: int, least: int, most: int) -> None:
