@@ -34,6 +34,7 @@ SECRET = "s3cret" * 8
 PRIVATE = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 PEM = PRIVATE.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+OCTETS = {"kty": "oct", "k": base64.urlsafe_b64encode(SECRET.encode()).decode()}
 AGE = 3_600
 
 
@@ -111,19 +112,39 @@ class TestToken:
         assert identify(bearer(signed(PRIVATE, "RS256"))) == Account("u1")
         assert identify(bearer(signed(PRIVATE, "RS512"))) is None
 
+    def test_key_of_a_key_set_that_names_no_algorithm_is_for_all_of_its_type(self) -> None:
+        rsa, octets = ({**one} for one in (published({"k1": PRIVATE})["keys"][0], OCTETS))
+        del rsa["alg"]
+        allowed = ["RS512", "PS256", "ES256"]
+        by_rsa = access_token(jwt.PyJWK(rsa), algorithms=allowed, audience="media")
+        by_octets = access_token(jwt.PyJWK(octets), algorithms=["HS384"], audience="media")
+        chosen = jwt.PyJWK(rsa, algorithm="PS256")
+        by_chosen = access_token(chosen, algorithms=allowed, audience="media")
+
+        found = [by_rsa(bearer(signed(PRIVATE, name))) for name in ("RS512", "PS256", "RS256")]
+
+        assert found == [Account("u1"), Account("u1"), None]
+        assert by_octets(bearer(signed(SECRET, "HS384"))) == Account("u1")
+        assert by_chosen(bearer(signed(PRIVATE, "PS256"))) == Account("u1")
+        assert by_chosen(bearer(signed(PRIVATE, "RS512"))) is None
+        with pytest.raises(UsageError, match="the key is for HS256, HS384, HS512, algorithms are"):
+            access_token(jwt.PyJWK(octets), algorithms=["RS256"], audience="media")
+
     @pytest.mark.parametrize(
         ("options", "given"),
         [
             ({"audience": "other"}, {}),
             ({"audience": ["other", "another"]}, {}),
-            ({"audience": None, "issuer": "https://id"}, {"iss": "https://evil"}),
+            ({"issuer": "https://id"}, {"iss": "https://evil"}),
             ({"issuer": "https://id"}, {}),
             ({}, {"exp": int(time.time()) - 10}),
             ({}, {"exp": None}),
             ({}, {"exp": "soon"}),
             ({}, {"nbf": int(time.time()) + AGE}),
             ({"algorithms": ["HS384"]}, {}),
-            ({}, {"sub": 7}),
+            ({"audience": None}, {}),
+            ({"audience": None}, {"aud": ["media"]}),
+            ({}, {"sub": None}),
             ({}, {"sub": ""}),
             ({"claims": Claims(id="email")}, {}),
         ],
@@ -140,6 +161,16 @@ class TestToken:
         assert by_secret()(bearer(jwt.encode(endless, SECRET))) is None
         assert by_secret()(bearer(fits)) == Account("u1")
         assert by_secret()(bearer(too_long)) is None
+
+    def test_token_that_names_nobody_is_valid_where_no_audience_is_given(self) -> None:
+        anybody = {name: value for name, value in claims_of().items() if name != "aud"}
+
+        for token in (jwt.encode(anybody, SECRET), signed(aud=[])):
+            assert by_secret(audience=None)(bearer(token)) == Account("u1")
+        assert by_secret()(bearer(jwt.encode(anybody, SECRET))) is None
+
+    def test_issuer_is_compared_as_a_whole(self) -> None:
+        assert by_secret(issuer="https://id")(bearer(signed(iss="https://"))) is None
 
     def test_one_of_several_audiences_and_issuers_is_enough(self) -> None:
         identify = by_secret(audience=["web", "media"], issuer=["https://a", "https://b"])
@@ -294,6 +325,9 @@ class TestClaims:
             within={"org": "o7"},
         )
 
+    def test_who_it_is_may_be_a_whole_number(self) -> None:
+        assert by_secret()(bearer(signed(sub=7))) == Account("7")
+
     def test_claims_may_have_other_names_and_stand_within_others(self) -> None:
         claims = Claims(
             id="https://media.example/account",
@@ -337,6 +371,8 @@ class TestClaims:
             ({"created_at": True}, "'created_at' must be"),
             ({"tags": [1]}, "'tags' must be a list of strings"),
             ({"tags": {"a": 1}}, "'tags' must be a list of strings"),
+            ({"sub": ["u1"]}, "'sub' must be a string or a whole number, got list"),
+            ({"sub": True}, "'sub' must be a string or a whole number, got bool"),
             ({"org": ["o7"]}, "'org' must be a string or a whole number, got list"),
         ],
     )
@@ -513,12 +549,48 @@ class TestKeySet:
         now[0] += 400
 
         assert identify(bearer(self.token())) == Account("u1")  # who fetches is not waited for
-        assert await resolve(identify(bearer(self.token("k2", OTHER)))) is None
+        for _ in range(2):
+            with pytest.raises(BackendError, match="not be fetched: PyJWKClientConnectionError"):
+                await resolve(identify(bearer(self.token("k2", OTHER))))
         provider.down = False
         now[0] += 10
 
         assert await resolve(identify(bearer(self.token("k2", OTHER)))) == Account("u1")
         assert identify(bearer(self.token(sub="u2"))) is None
+
+    async def test_fetch_that_fails_is_logged_and_the_tokens_behind_it_are_not(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        now = _monotonic(monkeypatch)
+        provider = Provider(k1=PRIVATE)
+        identify: Any = self.identify(provider)
+        await resolve(identify(bearer(self.token())))
+        provider.down = True
+        now[0] += 300
+
+        assert identify(bearer(self.token(sub="u2"))) == Account("u2")
+        await asyncio.wait(identify._keys._fetching.values())
+        for i in range(20):
+            assert identify(bearer(self.token(sub=f"u{i}"))) == Account(f"u{i}")
+            with pytest.raises(BackendError):
+                await resolve(identify(bearer(self.token(f"x{i}", OTHER))))
+
+        (line,) = caplog.messages
+        assert "could not be fetched: PyJWKClientConnectionError" in line
+        assert len(provider.threads) == 2
+
+    async def test_key_that_names_no_algorithm_verifies_by_all_of_its_type(self) -> None:
+        class Unnamed(Provider):
+            def fetch_data(self) -> Any:
+                (one,) = super().fetch_data()["keys"]
+                return {"keys": [{name: one[name] for name in one if name != "alg"}]}
+
+        allowed = ["RS512", "PS256"]
+        identify = access_token(Unnamed(k1=PRIVATE), algorithms=allowed, audience="media")
+
+        for name in allowed:
+            token = signed(PRIVATE, name, headers={"kid": "k1"})
+            assert await resolve(identify(bearer(token))) == Account("u1")
 
     async def test_old_keys_are_fetched_anew_without_anybody_waiting(
         self, monkeypatch: pytest.MonkeyPatch

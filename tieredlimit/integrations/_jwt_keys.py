@@ -12,6 +12,7 @@ import jwt
 from asgiref.sync import sync_to_async
 from jwt import PyJWK, PyJWKClient
 
+from tieredlimit.complaints import Complaints
 from tieredlimit.errors import BackendError, UsageError
 
 __all__ = ["FetchedKeys", "GivenKey", "Key"]
@@ -21,11 +22,18 @@ _FRESH = 300.0
 _BETWEEN_FETCHES = 10.0
 
 
+# What a key is good for that does not say so itself; keys of other types say so by their curve.
+_BY_TYPE = {
+    "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    "oct": ("HS256", "HS384", "HS512"),
+}
+
+
 class Key(NamedTuple):
-    """A key that is ready to verify, and the one algorithm it is for; "" is any."""
+    """A key that is ready to verify, and the algorithms it is for; None is any."""
 
     key: Any
-    algorithm: str
+    algorithms: tuple[str, ...] | None
 
 
 class GivenKey:
@@ -33,11 +41,11 @@ class GivenKey:
 
     def __init__(self, key: Any, algorithms: Sequence[str]) -> None:
         if isinstance(key, PyJWK):
-            if key.algorithm_name not in algorithms:
-                raise UsageError(
-                    f"the key is for {key.algorithm_name}, algorithms are {', '.join(algorithms)}"
-                )
-            self._key = Key(key.key, key.algorithm_name)
+            self._key = _key_of(key)
+            fit = self._key.algorithms or ()
+            if not set(fit) & set(algorithms):
+                told = f"the key is for {', '.join(fit)}, algorithms are {', '.join(algorithms)}"
+                raise UsageError(told)
             return
         ready: Any = None
         for name in algorithms:
@@ -46,7 +54,7 @@ class GivenKey:
             except Exception as exc:  # noqa: BLE001 -- cryptography has errors of its own
                 # Never the key, which may be a secret.
                 raise UsageError(f"the key does not go with {name}: {type(exc).__name__}") from None
-        self._key = Key(ready, "")
+        self._key = Key(ready, None)
 
     def find(self, head: Mapping[str, Any]) -> Key | Awaitable[Key | None] | None:
         """Return the key."""
@@ -59,34 +67,44 @@ class FetchedKeys:
 
     def __init__(self, client: PyJWKClient) -> None:
         self._client = client
+        self._complaints = Complaints()
         self._lock = Lock()
-        self._keys: dict[str, Key] | None = None
+        self._keys: dict[str, Key] = {}
+        self._failure: str | None = None
         self._due = 0.0
         self._next_fetch = 0.0
         self._fetching: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
 
     def find(self, head: Mapping[str, Any]) -> Key | Awaitable[Key | None] | None:
-        """Return the key at once, where it is there or must not be asked for now."""
+        """Return the key at once, where it is there or must not be asked for now.
+
+        Raises:
+            BackendError: It is not there, and the latest fetch failed: it may be a new one.
+        """
         kid = head.get("kid")
         if not isinstance(kid, str) or not 0 < len(kid) <= _LONGEST_KID:
             return None
-        found = (self._keys or {}).get(kid)
+        found = self._keys.get(kid)
         now = time.monotonic()
         if found is not None:
             if now >= self._due and now >= self._next_fetch:
                 _ = self._fetch_here()  # nobody waits for what may be the same as before
             return found
         # A stranger may name any number of keys: that must not make us ask for them each time.
-        if self._keys is not None and now < self._next_fetch and not self._fetching:
-            return None
+        if now < self._next_fetch and asyncio.get_running_loop() not in self._fetching:
+            return self._published(kid)
         return self._find_later(kid)
 
     async def _find_later(self, kid: str) -> Key | None:
-        if self._keys is None and not self._fetching and time.monotonic() < self._next_fetch:
-            raise BackendError("the keys that verify tokens could not be fetched")
         # Who leaves, leaves: the others still wait for it.
         await asyncio.shield(self._fetch_here())
-        return (self._keys or {}).get(kid)
+        return self._published(kid)
+
+    def _published(self, kid: str) -> Key | None:
+        found = self._keys.get(kid)
+        if found is None and self._failure is not None:
+            raise BackendError(self._failure)
+        return found
 
     def _fetch_here(self) -> asyncio.Task[None]:
         """Return what fetches the keys for this event loop."""
@@ -97,7 +115,6 @@ class FetchedKeys:
                 for gone in [other for other in self._fetching if other.is_closed()]:
                     del self._fetching[gone]
                 fetching = self._fetching[loop] = loop.create_task(self._fetch(loop))
-                fetching.add_done_callback(lambda done: done.cancelled() or done.exception())
         return fetching
 
     async def _fetch(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -105,19 +122,31 @@ class FetchedKeys:
         try:
             fetch = sync_to_async(self._client.get_jwk_set, thread_sensitive=False)
             published = await fetch(refresh=True)
-        except Exception as exc:  # a client of one's own may raise anything
-            self._next_fetch = time.monotonic() + _BETWEEN_FETCHES
-            if self._keys is None:
-                told = "the keys that verify tokens could not be fetched"
-                raise BackendError(f"{told}: {type(exc).__name__}") from exc
-        else:
             self._keys = {
-                one.key_id: Key(one.key, one.algorithm_name)
+                one.key_id: _key_of(one)
                 for one in published.keys
                 if one.key_id and one.public_key_use in ("sig", None)
             }
+        except Exception as exc:  # noqa: BLE001 -- a client of one's own may raise anything
+            told = f"the keys that verify tokens could not be fetched: {type(exc).__name__}"
+            self._failure = told
+            self._next_fetch = time.monotonic() + _BETWEEN_FETCHES
+            without = "tokens of a key that is not there have the outage answer"
+            self._complaints.log(without, BackendError(told))
+        else:
+            self._failure = None
             now = time.monotonic()
             self._due, self._next_fetch = now + _FRESH, now + _BETWEEN_FETCHES
         finally:
             with self._lock:
                 self._fetching.pop(loop, None)
+
+
+def _key_of(published: PyJWK) -> Key:
+    """Return a key for its own algorithm, or for all of its type if it names none."""
+    name = published.algorithm_name
+    fit = _BY_TYPE.get(published.key_type or "", ())
+    # PyJWT takes the first of its type for one that is not named, and says the same of either.
+    document: object = getattr(published, "_jwk_data", None)
+    named = not isinstance(document, Mapping) or document.get("alg")
+    return Key(published.key, (name,) if named or name not in fit[:1] else fit)

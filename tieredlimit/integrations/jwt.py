@@ -72,10 +72,12 @@ def access_token(
         key: What verifies: a secret, a public key (PEM, or as `cryptography` has it), a `PyJWK`, or
             a `PyJWKClient` that fetches them. Fetched keys are good for 5 minutes, and then until
             a fetch succeeds; for a token that names another key they are fetched again, every 10
-            seconds at most.
+            seconds at most. A key of a key set is for the algorithm that it names, or else for
+            all of its type.
         algorithms: Those that are accepted, such as `["RS256"]`. What a token says of itself
             decides nothing; "none" is refused.
-        audience: Who must be meant by `aud`; of several, one. None accepts tokens that name nobody.
+        audience: Who must be meant by `aud`; of several, one. None accepts tokens that name nobody,
+            and none that are meant for somebody.
         issuer: Who must have issued it; of several, one. None is anybody.
         leeway: Seconds by which clocks may differ.
         header: The header to look in, None for no header.
@@ -89,7 +91,7 @@ def access_token(
         clock: Returns seconds since 1970; for tests.
 
     The identify raises `UsageError` where a valid token's claims make no account, and
-    `BackendError` while keys could not be fetched even once.
+    `BackendError` where a token names a key that is not there and the latest fetch failed.
 
     Raises:
         UsageError: An argument cannot be used, or an algorithm and the key do not go together.
@@ -222,8 +224,10 @@ class _Expected(NamedTuple):
 
     def verified(self, token: str, found: Key) -> dict[str, Any] | None:
         """Return the claims of a token, None where it is not valid."""
-        algorithms = [name for name in self.algorithms if found.algorithm in ("", name)]
-        options: Any = {"require": ["exp"], "verify_aud": self.audience is not None}
+        fit = self.algorithms if found.algorithms is None else found.algorithms
+        algorithms = [name for name in self.algorithms if name in fit]
+        # Who it names is read from the claims, and may be a number there.
+        options: Any = {"require": ["exp"], "verify_sub": False}
         try:
             payload: dict[str, Any] = jwt.decode(
                 token,
