@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
-from tieredlimit import Account, UsageError
+from tieredlimit import Account, BackendError, UsageError
 from tieredlimit._core.kept import Kept
 from tieredlimit.identity import Remembered, api_key, remember, resolve
 
@@ -50,6 +51,17 @@ class Billing:
         self.asked.append(key)
         await self.gate.wait()
         raise ConnectionError("the database is down")
+
+
+async def leave(*waiting: asyncio.Future[Any]) -> None:
+    for one in waiting:
+        one.cancel()
+    await asyncio.wait(waiting)
+    await asyncio.sleep(0)
+
+
+def tasks_of_lookups() -> list[asyncio.Task[Any]]:
+    return [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
 
 
 @pytest.fixture
@@ -228,6 +240,8 @@ class TestRemember:
             ({"missing_seconds": -1}, "missing_seconds"),
             ({"most": 0}, "most must be from 1"),
             ({"most": 10**7}, "most must be from 1"),
+            ({"patience": 0}, "patience must be more than 0, at most 86,400, or None, got 0"),
+            ({"patience": float("inf")}, "patience"),
             ({"lookup": "k"}, "takes a lookup"),
         ],
     )
@@ -319,6 +333,112 @@ class TestRememberLater:
 
         assert first.cancelled()
         assert await second is FREE
+
+    async def test_lookup_that_nobody_waits_for_any_more_is_cancelled_and_asked_anew(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later, patience=None)
+        waiting = [asyncio.ensure_future(resolve(lookup("k"))) for _ in range(2)]
+        others = [asyncio.ensure_future(resolve(lookup(f"stranger-{i}"))) for i in range(50)]
+        await asyncio.sleep(0)
+
+        await leave(*waiting, *others)
+        left = (lookup._underway, tasks_of_lookups())
+        billing.gate.set()
+
+        assert left == ({}, [])
+        assert await resolve(lookup("k")) is FREE
+        assert billing.asked.count("k") == 2
+
+    async def test_who_leaves_before_the_lookup_has_begun_leaves_nothing_behind(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later)
+        waiting: Any = lookup("k")
+        waiting.send(None)
+
+        waiting.close()
+        await asyncio.sleep(0)
+
+        assert (lookup._underway, tasks_of_lookups()) == ({}, [])
+
+    async def test_who_begins_to_wait_after_all_others_have_left_asks_anew(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later)
+        first = asyncio.ensure_future(resolve(lookup("k")))
+        late = lookup("k")
+        await asyncio.sleep(0)
+
+        await leave(first)
+        billing.gate.set()
+
+        assert await resolve(late) is FREE
+        assert billing.asked == ["k", "k"]
+
+    async def test_lookup_that_does_not_answer_in_time_is_no_decision_and_asked_anew(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later, patience=0.001)
+        waiting = [resolve(lookup("k")) for _ in range(3)]
+
+        failed = await asyncio.gather(*waiting, return_exceptions=True)
+        billing.gate.set()
+
+        assert [type(one) for one in failed] == [BackendError] * 3
+        assert str(failed[0]) == "the lookup of an account did not answer within 0.001 s"
+        assert await resolve(lookup("k")) is FREE
+        assert billing.asked == ["k", "k"]
+
+    async def test_lookup_that_will_not_be_cancelled_holds_up_nobody(self) -> None:
+        gate = asyncio.Event()
+        asked = []
+
+        async def stubborn(key: str) -> Account:
+            asked.append(key)
+            while len(asked) == 1 and not gate.is_set():
+                with suppress(asyncio.CancelledError):
+                    await gate.wait()
+            return FREE
+
+        lookup = remember(stubborn, patience=0.001)
+        with pytest.raises(BackendError):
+            await resolve(lookup("k"))
+
+        found = await resolve(lookup("k"))
+        gate.set()
+        await asyncio.gather(*tasks_of_lookups())
+
+        assert (found, asked) == (FREE, ["k", "k"])
+
+    async def test_lookup_that_is_late_is_not_joined(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later, patience=60)
+        loop = asyncio.get_running_loop()
+        lookup("k").close()  # type: ignore[union-attr]  # whoever asked has left
+        start = loop.time()
+
+        joined = lookup("k")
+        monkeypatch.setattr(loop, "time", lambda: start + 61)
+        anew = lookup("k")
+        monkeypatch.undo()
+        billing.gate.set()
+
+        assert (await resolve(joined), await resolve(anew)) == (FREE, FREE)
+        assert billing.asked == ["k", "k"]
+
+    async def test_no_more_keys_are_under_way_than_was_said_and_further_ones_ask_by_themselves(
+        self,
+    ) -> None:
+        billing = Billing(c=PRO)
+        lookup = remember(billing.later, most=2)
+        asking = [asyncio.ensure_future(resolve(lookup(key))) for key in "abcabc"]
+        await asyncio.sleep(0)
+
+        underway = sum(len(keys) for keys in lookup._underway.values())
+        billing.gate.set()
+        found = await asyncio.gather(*asking)
+
+        assert underway == 2
+        assert found == [None, None, PRO] * 2
+        assert billing.asked == ["a", "b", "c", "c"]
+        assert (lookup("a"), lookup("b"), len(lookup)) == (None, None, 2)
 
     async def test_a_failure_reaches_all_who_wait_and_is_not_remembered(self) -> None:
         billing = Billing()

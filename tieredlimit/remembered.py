@@ -7,6 +7,8 @@ import inspect
 import math
 import time
 from collections.abc import Awaitable, Callable, Hashable
+from functools import partial
+from itertools import chain
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -14,7 +16,7 @@ from starlette.requests import HTTPConnection
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.kept import Kept
-from tieredlimit.errors import UsageError
+from tieredlimit.errors import BackendError, UsageError
 
 __all__ = ["Remembered", "remember"]
 
@@ -31,6 +33,7 @@ def remember(
     *,
     missing_seconds: float | None = None,
     most: int = 10_000,
+    patience: float | None = 10.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Remembered[K]:
     """Ask a lookup once in so many seconds for each key, as in `api_key(remember(lookup))`.
@@ -42,13 +45,18 @@ def remember(
     Args:
         lookup: From a key (an API key, a user's id) to its account or None, sync or async. While
             it is asked for a key, others of the same event loop that want the same wait for that
-            answer. What it raises is raised, and not remembered.
+            answer; when the last of them has left, it is cancelled. What it raises is raised, and
+            not remembered.
         seconds: How long an account is remembered, more than 0 and at most 86,400.
         missing_seconds: How long it is remembered that there is none, from 0 (not at all) to
             `seconds`; None is 5 seconds, or `seconds` if that is less.
         most: The most accounts remembered, 1 to 1,000,000; the one least recently asked for makes
             room. As many keys without an account are kept apart, so that strangers who try keys
-            cannot crowd out accounts.
+            cannot crowd out accounts. While so many keys are asked for in an event loop, others
+            are neither shared nor remembered.
+        patience: Seconds that those who wait for an async lookup wait at most, more than 0 and at
+            most 86,400, counted from when it was asked. Then they get a `BackendError`, which the
+            middleware takes for "cannot tell", and who comes next asks anew. None is no limit.
         clock: Returns seconds that never step back; for tests.
 
     Raises:
@@ -64,9 +72,12 @@ def remember(
         )
     if type(most) is not int or not 1 <= most <= _MOST:
         raise UsageError(f"most must be from 1 to {_MOST:,}, got {most!r:.80}")
+    if patience is not None and not (_is_number(patience) and 0 < patience <= _LONGEST):
+        told = f"patience must be more than 0, at most {_LONGEST:,.0f}, or None"
+        raise UsageError(f"{told}, got {patience!r:.80}")
     if not callable(lookup):
         raise UsageError(f"remember takes a lookup, got {lookup!r:.80}")
-    return Remembered(lookup, seconds, missing_seconds, most, clock)
+    return Remembered(lookup, seconds, missing_seconds, most, patience, clock)
 
 
 class Remembered(Generic[K]):
@@ -82,16 +93,19 @@ class Remembered(Generic[K]):
         seconds: float,
         missing_seconds: float,
         most: int,
+        patience: float | None,
         clock: Callable[[], float],
     ) -> None:
         self._lookup = lookup
         self._seconds = seconds
         self._missing_seconds = missing_seconds
+        self._most = most
+        self._patience = patience
         self._clock = clock
         self._lock = Lock()
         self._accounts: Kept[K, Account] = Kept(most)
         self._missing: Kept[K, None] = Kept(most)
-        self._underway: dict[K, list[_Asking]] = {}
+        self._underway: dict[asyncio.AbstractEventLoop | None, dict[K, list[_Asking]]] = {}
 
     def __len__(self) -> int:
         """Return how many keys are remembered, those whose time is over included."""
@@ -111,14 +125,16 @@ class Remembered(Generic[K]):
             found = self._accounts.get(key, now) or self._missing.get(key, now)
             if found is not None:
                 return found[0]
-            others = self._underway.setdefault(key, [])
-            # What waits on a loop that is gone is never answered.
-            others[:] = [one for one in others if one.loop is None or not one.loop.is_closed()]
+            underway = self._underway_in(loop)
+            others = underway.get(key, ())
             for one in others:
-                if one.loop is loop and one.answer is not None:
-                    return _joined(one.answer)
-            asking = _Asking(loop, now)
-            others.append(asking)
+                if one.answer is not None and not one.is_late():
+                    return self._join(key, one, one.answer)
+            asking = _Asking(loop, now, self._patience)
+            if others or len(underway) < self._most:
+                underway.setdefault(key, []).append(asking)
+            else:
+                asking.counts = False
         try:
             answer = self._lookup(key)
         except BaseException:
@@ -130,39 +146,69 @@ class Remembered(Generic[K]):
         if loop is None:
             self._end(key, asking)
             return answer  # to be awaited on a loop that is not known yet
-        asking.answer = asyncio.ensure_future(self._await(key, asking, answer))
-        # Whoever waits is told; where nobody does any more, nobody has to be.
-        asking.answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return _joined(asking.answer)
+        asking.answer = asyncio.ensure_future(answer)
+        asking.answer.add_done_callback(partial(self._answered, key, asking))
+        return self._join(key, asking, asking.answer)
 
     def forget(self, key: K) -> None:
         """Ask anew from now on, as after a change of plan; what is being asked does not count."""
         with self._lock:
             self._accounts.drop(key)
             self._missing.drop(key)
-            for one in self._underway.pop(key, ()):
-                one.counts = False
+            for loop, underway in list(self._underway.items()):
+                for one in underway.pop(key, ()):
+                    one.counts = False
+                if not underway:
+                    del self._underway[loop]
 
     def clear(self) -> None:
         """Forget every key."""
         with self._lock:
             self._accounts.clear()
             self._missing.clear()
-            for several in self._underway.values():
-                for one in several:
+            for underway in self._underway.values():
+                for one in chain.from_iterable(underway.values()):
                     one.counts = False
             self._underway.clear()
 
-    async def _await(
-        self, key: K, asking: _Asking, answer: Awaitable[Account | None]
+    def _underway_in(self, loop: asyncio.AbstractEventLoop | None) -> dict[K, list[_Asking]]:
+        """Return what is being asked in an event loop."""
+        underway = self._underway.get(loop)
+        if underway is None:
+            # What waits on a loop that is gone is never answered.
+            for gone in [one for one in self._underway if one is not None and one.is_closed()]:
+                del self._underway[gone]
+            underway = self._underway[loop] = {}
+        return underway
+
+    async def _join(
+        self, key: K, asking: _Asking, shared: asyncio.Future[Account | None]
     ) -> Account | None:
+        """Wait for an answer together with others; the last who leaves before it takes it away."""
+        if asking.left:
+            # All the others were gone before this one began to wait.
+            answer = self(key)
+            return await answer if inspect.isawaitable(answer) else answer
+        asking.waiting += 1
         try:
-            account = await answer
-        except BaseException:
+            done, _ = await asyncio.wait((shared,), timeout=asking.seconds_left())
+        finally:
+            asking.waiting -= 1
+            if not asking.waiting and not shared.done():
+                asking.left = True
+                self._end(key, asking)
+                shared.cancel()
+        if not done:
+            told = f"the lookup of an account did not answer within {self._patience:g} s"
+            raise BackendError(told)
+        return shared.result()
+
+    def _answered(self, key: K, asking: _Asking, done: asyncio.Future[Account | None]) -> None:
+        # Whoever waits is told of a failure; where nobody does any more, nobody has to be.
+        if done.cancelled() or done.exception() is not None:
             self._end(key, asking)
-            raise
-        self._keep(key, asking, account)
-        return account
+        else:
+            self._keep(key, asking, done.result())
 
     def _keep(self, key: K, asking: _Asking, account: object) -> None:
         """Remember an answer, unless it was forgotten before it came, or is none."""
@@ -179,28 +225,45 @@ class Remembered(Generic[K]):
 
     def _end(self, key: K, asking: _Asking) -> None:
         with self._lock:
-            others = self._underway.get(key)
+            underway = self._underway.get(asking.loop, {})
+            others = underway.get(key)
             if others is not None:
                 others[:] = [one for one in others if one is not asking]
                 if not others:
-                    del self._underway[key]
+                    del underway[key]
+            if not underway:
+                self._underway.pop(asking.loop, None)
 
 
 class _Asking:
-    """Stand for one question to a lookup, from `at` on; `counts` unless it was forgotten since."""
+    """Stand for one question to a lookup, from `at` on; `counts` unless it was forgotten since.
 
-    __slots__ = ("answer", "at", "counts", "loop")
+    `until` is the instant of the event loop's clock until which somebody waits, None for ever;
+    `left` says that the last who waited has left.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None, at: float) -> None:
+    __slots__ = ("answer", "at", "counts", "left", "loop", "until", "waiting")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop | None, at: float, patience: float | None
+    ) -> None:
         self.loop = loop
         self.at = at
+        self.until = None if loop is None or patience is None else loop.time() + patience
         self.counts = True
+        self.left = False
+        self.waiting = 0
         self.answer: asyncio.Future[Account | None] | None = None
 
+    def seconds_left(self) -> float | None:
+        """Return for how long somebody waits for it, None for ever."""
+        if self.loop is None or self.until is None:
+            return None
+        return max(0.0, self.until - self.loop.time())
 
-async def _joined(answer: asyncio.Future[Account | None]) -> Account | None:
-    # Who leaves, leaves: the others still wait for it.
-    return await asyncio.shield(answer)
+    def is_late(self) -> bool:
+        """Return whether nobody waits for it any more."""
+        return self.seconds_left() == 0
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
