@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -617,6 +619,56 @@ class TestKeySet:
                 await resolve(identify(bearer(self.token())))
 
         assert len(provider.threads) == 1
+
+    def test_child_of_a_fork_waits_for_no_lock_and_no_fetch_of_the_parent(self) -> None:
+        program = """
+import asyncio, os, signal, threading, warnings
+from tests.test_jwt import OTHER, PRIVATE, Provider, TestKeySet, bearer
+from tieredlimit import Account
+from tieredlimit.identity import resolve
+
+# Python warns of what is tested here, from 3.12 on.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+provider = Provider(k1=PRIVATE)
+identify, token = TestKeySet().identify(provider), TestKeySet().token
+
+async def ask(*names):
+    return [await resolve(identify(bearer(token(name)))) for name in names]
+
+async def fetch():
+    asking = asyncio.ensure_future(ask("x0"))
+    while len(provider.threads) < 2:
+        await asyncio.sleep(0)
+    return asking
+
+def works_in_the_child():
+    signal.alarm(20)  # what waits for ever ends with a signal
+    provider.gate = threading.Event()
+    provider.gate.set()
+    found = asyncio.run(ask("k1", "x1", "x2", "x3"))
+    return found == [Account("u1"), None, None, None] and len(provider.threads) == 3
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(ask("k1"))
+provider.gate.clear()
+identify._keys._next_fetch = 0.0  # as if it were long ago
+asking = loop.run_until_complete(fetch())
+with identify._lock, identify._keys._lock:
+    child = os.fork()
+    if not child:
+        os._exit(0 if works_in_the_child() else 1)
+assert os.waitpid(child, 0)[1] == 0
+provider.gate.set()
+loop.run_until_complete(asking)
+loop.run_until_complete(loop.shutdown_default_executor())
+loop.close()
+"""
+
+        done = subprocess.run(
+            [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
+        )
+
+        assert (done.returncode, done.stderr) == (0, "")
 
     async def test_key_that_is_not_for_signatures_verifies_none(self) -> None:
         class Encrypting(Provider):

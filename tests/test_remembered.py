@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from typing import Any
@@ -560,3 +562,40 @@ class TestRememberLater:
             assert await resolve(identify(HTTPConnection(scope))) is FREE
 
         assert billing.asked == ["k"]
+
+
+def test_child_of_a_fork_waits_for_no_lock_and_no_lookup_of_the_parent() -> None:
+    program = """
+import asyncio, os, signal
+from tests.test_remembered import FREE, Billing
+from tieredlimit.identity import remember, resolve
+
+async def ask():
+    lookup("k").close()
+    await asyncio.sleep(0)
+
+def answered_in_the_child():
+    signal.alarm(20)  # what waits for ever ends with a signal
+    billing.gate = asyncio.Event()
+    billing.gate.set()
+    return asyncio.run(resolve(lookup("k"))) == FREE and list(lookup._underway) == []
+
+billing = Billing(k=FREE)
+lookup = remember(billing.later)
+loop = asyncio.new_event_loop()
+loop.run_until_complete(ask())
+with lookup._lock:
+    child = os.fork()
+    if not child:
+        os._exit(0 if answered_in_the_child() else 1)
+assert os.waitpid(child, 0)[1] == 0
+billing.gate.set()
+loop.run_until_complete(resolve(lookup("k")))
+loop.close()
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")

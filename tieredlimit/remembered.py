@@ -17,6 +17,7 @@ from starlette.requests import HTTPConnection
 from tieredlimit._core.account import Account
 from tieredlimit._core.kept import Kept
 from tieredlimit.errors import BackendError, UsageError
+from tieredlimit.forking import anew_after_fork
 
 __all__ = ["Remembered", "remember"]
 
@@ -84,7 +85,7 @@ class Remembered(Generic[K]):
     """Answer as a lookup did a moment ago; what `remember` makes.
 
     Called as the lookup is: it answers at once with what it remembers, and else as the lookup does.
-    It may be used from several threads and event loops.
+    It may be used from several threads and event loops; the child of a fork begins with nothing.
     """
 
     def __init__(
@@ -102,10 +103,20 @@ class Remembered(Generic[K]):
         self._most = most
         self._patience = patience
         self._clock = clock
+        self._left_to_parent: list[object] = []
+        self._begin()
+        anew_after_fork(self)
+
+    def _begin(self) -> None:
         self._lock = Lock()
-        self._accounts: Kept[K, Account] = Kept(most)
-        self._missing: Kept[K, None] = Kept(most)
+        self._accounts: Kept[K, Account] = Kept(self._most)
+        self._missing: Kept[K, None] = Kept(self._most)
         self._underway: dict[asyncio.AbstractEventLoop | None, dict[K, list[_Asking]]] = {}
+
+    def leave_to_parent(self) -> None:
+        """Remember nothing yet in the child of a fork, and wait for nothing of the parent's."""
+        self._left_to_parent.append(self._underway)
+        self._begin()
 
     def __len__(self) -> int:
         """Return how many keys are remembered, those whose time is over included."""

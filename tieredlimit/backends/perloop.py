@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from tieredlimit.forking import anew_after_fork
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class PerLoop(Generic[T]):
         self._latest: tuple[asyncio.AbstractEventLoop, T] | None = None
         self._lock = Lock()
         self._left_to_parent: list[object] = []
-        _living.add(self)
+        anew_after_fork(self)
 
     def __len__(self) -> int:
         """Return how many event loops have one."""
@@ -68,14 +69,3 @@ class PerLoop(Generic[T]):
         self._held = WeakKeyDictionary()
         self._latest = None
         self._lock = Lock()
-
-
-_living: WeakSet[PerLoop[Any]] = WeakSet()
-
-
-def _after_fork() -> None:
-    for held in list(_living):
-        held.leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -14,6 +14,7 @@ from jwt import PyJWK, PyJWKClient
 
 from tieredlimit.complaints import Complaints
 from tieredlimit.errors import BackendError, UsageError
+from tieredlimit.forking import anew_after_fork
 
 __all__ = ["FetchedKeys", "GivenKey", "Key"]
 
@@ -74,6 +75,14 @@ class FetchedKeys:
         self._due = 0.0
         self._next_fetch = 0.0
         self._fetching: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
+        self._left_to_parent: list[object] = []
+        anew_after_fork(self)
+
+    def leave_to_parent(self) -> None:
+        """Keep the keys in the child of a fork, and wait for no fetch of the parent's."""
+        self._left_to_parent.append(self._fetching)
+        self._fetching = {}
+        self._lock = Lock()
 
     def find(self, head: Mapping[str, Any]) -> Key | Awaitable[Key | None] | None:
         """Return the key at once, where it is there or must not be asked for now.

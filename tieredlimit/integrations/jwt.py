@@ -24,6 +24,7 @@ from tieredlimit.credentials import (
     require_token,
 )
 from tieredlimit.errors import UsageError
+from tieredlimit.forking import anew_after_fork
 from tieredlimit.identity import Answer, Identify, resolve
 from tieredlimit.integrations._jwt_claims import Claim, Claims
 
@@ -135,6 +136,11 @@ class _AccessToken:
         self._refuse_invalid = refuse_invalid
         self._verified = verified
         self._clock = clock
+        self._lock = Lock()
+        anew_after_fork(self)
+
+    def leave_to_parent(self) -> None:
+        """Hold a lock of its own in the child of a fork. Nothing is kept by halves."""
         self._lock = Lock()
 
     def __call__(self, connection: HTTPConnection) -> Answer:
