@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -528,6 +529,49 @@ class TestRememberLater:
         billing.gate.set()
 
         assert await resolve(lookup("k")) is FREE
+        assert lookup._underway == {}
+
+    async def test_who_waited_on_a_loop_that_is_gone_is_collected_without_complaint(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unraisable: list[object] = []
+        monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later)
+
+        def lose() -> None:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(ask())
+            loop.close()
+
+        async def ask() -> None:
+            waiting: Any = asyncio.ensure_future(resolve(lookup("k")))
+            waiting._log_destroy_pending = False  # asyncio's own
+            await asyncio.sleep(0)
+
+        await asyncio.to_thread(lose)
+        billing.gate = asyncio.Event()
+        billing.gate.set()
+
+        assert await resolve(lookup("k")) is FREE
+        gc.collect()
+        assert (unraisable, lookup._underway) == ([], {})
+
+    def test_collector_may_end_who_waited_while_the_lock_is_held(self) -> None:
+        billing = Billing(k=FREE)
+        lookup = remember(billing.later)
+
+        async def ask() -> None:
+            waiting: Any = lookup("k")
+            waiting.send(None)
+            with lookup._lock:
+                waiting.close()
+
+        thread = threading.Thread(target=asyncio.run, args=(ask(),), daemon=True)
+        thread.start()
+        thread.join(10)
+
+        assert not thread.is_alive()
         assert lookup._underway == {}
 
     async def test_all_keys_forgotten_meanwhile_are_not_remembered(self) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from itertools import chain
-from threading import Lock
+from threading import RLock
 from typing import Generic, TypeVar
 
 from starlette.requests import HTTPConnection
@@ -108,7 +108,8 @@ class Remembered(Generic[K]):
         anew_after_fork(self)
 
     def _begin(self) -> None:
-        self._lock = Lock()
+        # The garbage collector may end what waited for a lookup while this very thread holds it.
+        self._lock = RLock()
         self._accounts: Kept[K, Account] = Kept(self._most)
         self._missing: Kept[K, None] = Kept(self._most)
         self._underway: dict[asyncio.AbstractEventLoop | None, dict[K, list[_Asking]]] = {}
@@ -208,7 +209,8 @@ class Remembered(Generic[K]):
             if not asking.waiting and not shared.done():
                 asking.left = True
                 self._end(key, asking)
-                shared.cancel()
+                if not shared.get_loop().is_closed():
+                    shared.cancel()
         if not done:
             told = f"the lookup of an account did not answer within {self._patience:g} s"
             raise BackendError(told)
