@@ -8,16 +8,15 @@ from functools import partial
 from typing import Any, cast
 
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tieredlimit.answering import Answering, rendered
 from tieredlimit.decision import STATUSES, Decision, Reason
-from tieredlimit.errors import BackendError, Denied, UsageError
+from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
-from tieredlimit.request import STATE_KEY, RequestLimits
+from tieredlimit.opening import get_ready, lifespan, unready
+from tieredlimit.request import STATE_KEY, RequestLimits, is_preflight
 
 __all__ = ["OnDenied", "TieredLimitMiddleware"]
 
@@ -91,7 +90,7 @@ class TieredLimitMiddleware:
         """Pass a connection on, charge it, or answer it."""
         if scope["type"] not in ("http", "websocket"):
             if scope["type"] == "lifespan":
-                await self._lifespan(scope, receive, send)
+                await lifespan(self.limiter, self.app, scope, receive, send)
             else:
                 await self.app(scope, receive, send)
             return
@@ -111,8 +110,8 @@ class TieredLimitMiddleware:
         self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Charge a request, then pass it on with its limits, or answer it."""
-        if not self.limiter.ready and not await self._get_ready():
-            await _unready(scope, receive, send)
+        if not self.limiter.ready and not await get_ready(self.limiter, "requests are"):
+            await unready(scope, receive, send)
             return
         metered = self._metered(scope)
         if metered is not None:
@@ -143,14 +142,6 @@ class TieredLimitMiddleware:
             if not answer.started:
                 await ending.failed(exc)
             raise
-
-    async def _get_ready(self) -> bool:
-        """Load the stored policy, where no lifespan has done so."""
-        try:
-            await self.limiter.open()
-        except (BackendError, UsageError) as exc:
-            self.limiter.complaints.log("there is no policy yet: requests are answered 503", exc)
-        return self.limiter.ready
 
     def _limits(self, scope: Scope) -> RequestLimits:
         """Return what a request takes with, where its handlers find it."""
@@ -231,29 +222,6 @@ class TieredLimitMiddleware:
             return decision.response(statuses=self._statuses, legacy_fields=self._legacy_fields)
         return cast(ASGIApp, answer)  # `inspect.isawaitable` tells a type checker too little
 
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def receive_and_open() -> Message:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                try:
-                    await self.limiter.open()
-                except Exception as exc:
-                    # Unsaid, servers take this for an application without lifespan, and serve.
-                    await send({"type": "lifespan.startup.failed", "message": str(exc)})
-                    raise
-            return message
-
-        async def close_and_send(message: Message) -> None:
-            if message["type"] != "lifespan.startup.complete":
-                await self.limiter.close()
-            await send(message)
-
-        try:
-            await self.app(scope, receive_and_open, close_and_send)
-        except BaseException:
-            await self.limiter.close()
-            raise
-
 
 def _own_root_path(app: AnyASGIApp) -> str:
     """Return the root path that the application itself gives each request, "" where none does.
@@ -279,18 +247,3 @@ def _route_path(path: str, root: str) -> tuple[str, bool]:
     if path.startswith(root) and (not below or below[0] == "/"):
         return below, False
     return path, True
-
-
-def is_preflight(scope: Scope) -> bool:
-    """Say whether a request of OPTIONS is a browser's, that asks before it sends another."""
-    names = {name.lower() for name, _ in scope["headers"]}
-    return b"origin" in names and b"access-control-request-method" in names
-
-
-async def _unready(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer where nobody knows yet what is metered."""
-    if scope["type"] == "websocket":
-        await WebSocketClose(1013)(scope, receive, send)
-        return
-    headers = {"retry-after": "1", "cache-control": "no-store"}
-    await PlainTextResponse("Service Unavailable", 503, headers)(scope, receive, send)

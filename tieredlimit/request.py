@@ -18,7 +18,7 @@ from tieredlimit.identity import Answer, Identify, resolve
 from tieredlimit.limiter import SETTLE_WITHIN, Limiter
 from tieredlimit.settling import Reservation
 
-__all__ = ["STATE_KEY", "RequestLimits"]
+__all__ = ["STATE_KEY", "RequestLimits", "is_preflight"]
 
 STATE_KEY = "tieredlimit"
 """Where in `scope["state"]` the middleware puts it."""
@@ -289,6 +289,12 @@ class RequestLimits:
         # An id that cannot be one may be the client's doing, and must not let it in free.
         told = "identify gave what is no account, the client is charged by its address"
         self.limiter.complaints.log(told, error)
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Say whether a request of OPTIONS is a browser's, that asks before it sends another."""
+    names = {name.lower() for name, _ in scope["headers"]}
+    return b"origin" in names and b"access-control-request-method" in names
 
 
 def _merge(several: Iterable[list[Field]]) -> list[Field]:

@@ -17,9 +17,10 @@ from starlette.websockets import WebSocketClose
 from tieredlimit._core.account import Account
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit.decision import Decision
-from tieredlimit.errors import BackendError, Denied, UsageError
+from tieredlimit.errors import Denied
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
+from tieredlimit.opening import get_ready, lifespan, unready
 from tieredlimit.request import STATE_KEY, RequestLimits
 
 __all__ = ["usage_app"]
@@ -64,7 +65,7 @@ class _Usage:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; open and close the limiter where this is the whole application."""
         if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
+            await lifespan(self._limiter, _started, scope, receive, send)
         elif scope["type"] == "http":
             await (await self._answer(scope))(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -73,9 +74,8 @@ class _Usage:
     async def _answer(self, scope: Scope) -> ASGIApp:
         if scope["method"] not in _METHODS:
             return PlainTextResponse("Method Not Allowed", 405, {"allow": ", ".join(_METHODS)})
-        if not self._limiter.ready and not await self._get_ready():
-            headers = {"retry-after": "1", "cache-control": "no-store"}
-            return PlainTextResponse("Service Unavailable", 503, headers)
+        if not self._limiter.ready and not await get_ready(self._limiter, "usage is"):
+            return unready
         connection = HTTPConnection(scope)
         accept_language = connection.headers.get("accept-language")
         try:
@@ -166,27 +166,14 @@ class _Usage:
             ],
         }
 
-    async def _get_ready(self) -> bool:
-        """Load the stored policy, where nobody else has done so."""
-        try:
-            await self._limiter.open()
-        except (BackendError, UsageError) as exc:
-            self._limiter.complaints.log("there is no policy yet: usage is answered 503", exc)
-        return self._limiter.ready
 
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            if (await receive())["type"] == "lifespan.startup":
-                try:
-                    await self._limiter.open()
-                except Exception as exc:
-                    await send({"type": "lifespan.startup.failed", "message": str(exc)})
-                    raise
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self._limiter.close()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+async def _started(_: Scope, receive: Receive, send: Send) -> None:
+    """Have nothing to start but the limiter, where this is the whole application."""
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
 
 
 def _cached(document: Mapping[str, Any], connection: HTTPConnection, *, head: bool) -> Response:

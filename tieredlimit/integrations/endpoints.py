@@ -17,8 +17,7 @@ from tieredlimit._core.account import Account
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer, resolve
-from tieredlimit.middleware import is_preflight
-from tieredlimit.request import STATE_KEY, RequestLimits
+from tieredlimit.request import STATE_KEY, RequestLimits, is_preflight
 
 __all__ = ["Asked", "Connection", "Door", "feature_of", "limits_of"]
 
