@@ -350,8 +350,7 @@ class FrameworkContract(Framework):
         assert (answer.status, answer.json["reason"]) == (503, "outage")
         assert int(answer.headers["retry-after"]) >= 1
 
-    # What a handler's own take raises is the handler's to answer.
-    @pytest.mark.parametrize("door", [door for door in DOORS if door != "/taken"])
+    @pytest.mark.parametrize("door", DOORS)
     async def test_answer_that_an_identify_raises_is_given_by_whichever_door(
         self, app: ASGIApp, door: str
     ) -> None:

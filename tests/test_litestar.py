@@ -183,6 +183,8 @@ def litestar(*handlers: Any, **options: Any) -> Any:
 
 
 class TestLitestar(WebSocketContract):
+    stranger = b'{"status_code":401,"detail":"who are you?"}'
+
     def build(self, limiter: Limiter, **options: Any) -> ASGIApp:
         return TieredLimitMiddleware(litestar(), limiter=limiter, **options)
 
@@ -206,6 +208,8 @@ class TestLitestar(WebSocketContract):
 
 class TestLitestarsOwnMiddleware(WebSocketContract):
     """What holds where the middleware stands in Litestar's own list, behind its router."""
+
+    stranger = TestLitestar.stranger
 
     def build(self, limiter: Limiter, **options: Any) -> ASGIApp:
         around: Any = TieredLimitMiddleware

@@ -36,6 +36,7 @@ from tests.test_limiter import PATIENT, Broken, Clock, Spy
 from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
 from tieredlimit.backends import MemoryBackend, RedisBackend
 from tieredlimit.identity import blocking
+from tieredlimit.integrations.endpoints import limits_of
 from tieredlimit.limiter import Complaints
 from tieredlimit.request import RequestLimits
 
@@ -791,6 +792,55 @@ class TestIdentify:
 
         assert asked == ["once"]
 
+    @pytest.mark.parametrize("later", [False, True])
+    async def test_identify_that_fails_is_not_asked_again(self, later: bool) -> None:
+        asked: list[str] = []
+
+        def fail(connection: HTTPConnection) -> Any:
+            asked.append("once")
+            if later:
+                return broken_identify_later(connection)
+            return broken_identify(connection)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            limits = limits_of(scope)
+            first = await limits.take("image")
+            taken = asyncio.gather(*(limits.take(name) for name in ("video", "sound")))
+            decided.extend([first, *await taken])
+            with pytest.raises(LookupError, match="is locked"):
+                await limits.account()
+            await plain(scope, receive, send)
+            late.append(limits)
+
+        decided: list[Decision] = []
+        late: list[RequestLimits] = []
+        limiter = limiter_of(video=([], "1/hour"), sound=([], "1/hour"), music=([], "1/hour"))
+        await run(behind(limiter, app, identify=fail), path="/unmetered")
+        after = await late[0].take("music")
+
+        assert [one.reason for one in (*decided, after)] == ["outage"] * 4
+        assert asked == ["once"]
+
+    async def test_answer_that_it_raises_is_sent_though_a_handler_asked(self) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await limits_of(scope).take("image")
+
+        def refuse(connection: HTTPConnection) -> Account:
+            raise HTTPException(401, "who are you?", {"www-authenticate": "Key"})
+
+        start, body = await run(behind(limiter_of(), app, identify=refuse), path="/unmetered")
+
+        assert (start["status"], body["body"]) == (401, b"who are you?")
+        assert (b"www-authenticate", b"Key") in start["headers"]
+
+    async def test_same_exception_of_the_applications_own_is_raised_on(self) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await limits_of(scope).take("image")
+            raise HTTPException(401)
+
+        with pytest.raises(HTTPException):
+            await run(behind(limiter_of(), app, identify=identify), path="/unmetered")
+
 
 class TestOneCharge:
     async def test_a_feature_is_charged_once_whichever_doors(self) -> None:
@@ -853,6 +903,23 @@ class TestOneCharge:
         assert (len(outer.takes), len(inner.takes)) == (1, 1)
         assert start["status"] == 200
         fields_of(start)
+
+    @pytest.mark.parametrize("takes", [False, True])
+    async def test_state_that_is_no_mapping_is_left_alone(self, takes: bool) -> None:
+        other = object()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"] = other
+            if takes:
+                await limits_of(scope).take("image")
+            await plain(scope, receive, send)
+
+        door = behind(limiter_of(), app)
+        found, _ = await run(door, path="/unmetered", state=other)
+        made, _ = await run(door, path="/unmetered")
+
+        assert (found["status"], made["status"]) == (200, 200)
+        assert any(name == b"ratelimit" for name, _ in made["headers"]) is takes
 
     async def test_a_server_that_shares_its_state_gives_nothing_away(self) -> None:
         seen: list[RequestLimits] = []

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from quart import Blueprint, Quart, Response, request, websocket
 from quart.typing import ResponseReturnValue
+from starlette.exceptions import HTTPException
 
 from tests.framework_contract import (
     DONE,
@@ -83,6 +84,7 @@ def quart() -> Quart:
     """Return the whole application, but for what is mounted below it."""
     app = Quart(__name__)
     app.register_error_handler(Denied, denied)
+    app.register_error_handler(HTTPException, denied)
     app.register_blueprint(charged_in_views())
     included = Blueprint("api", __name__, url_prefix="/api")
     included.add_url_rule("/images", view_func=image, methods=["POST"])
@@ -181,6 +183,20 @@ async def test_denial_in_a_view_keeps_what_the_application_gives_every_answer() 
     assert (denied.status, denied.headers["x-around"]) == (403, "yes")
     assert denied.headers["content-type"] == "application/problem+json"
     assert seen == [403]
+
+
+async def test_http_exception_of_a_views_own_stays_what_quart_makes_of_it() -> None:
+    app = quart()
+
+    @app.post("/own")
+    async def own() -> ResponseReturnValue:
+        await limits_of(request).take("video")
+        raise HTTPException(401, "of the view")
+
+    async with Limiter(POLICY) as limiter:
+        answer = await ask(TieredLimitMiddleware(app, limiter=limiter), "POST /own")
+
+    assert (answer.status, b"of the view" in answer.body) == (500, False)
 
 
 async def test_without_the_middleware_the_error_says_what_is_missing(

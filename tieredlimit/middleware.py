@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any, cast
 
@@ -37,9 +37,9 @@ class TieredLimitMiddleware:
     """Charge each request of a metered route, and answer for the application where that is denied.
 
     Requests that match no feature pass untouched, as do preflights and every other kind of scope.
-    Handlers find a `RequestLimits` at `request.state.tieredlimit`; a `Denied` that they raise is
-    answered as the middleware's own denials are. Lifespan is forwarded, and the limiter opened and
-    closed around it.
+    Handlers find a `RequestLimits` at `request.state.tieredlimit`; a `Denied` that they raise, and
+    what `identify` raised there to answer the request, is answered as at the middleware itself.
+    Lifespan is forwarded, and the limiter opened and closed around it.
 
     Args:
         app: The application behind.
@@ -132,28 +132,32 @@ class TieredLimitMiddleware:
             await self.app(scope, receive, answer.send_with_limits)
             if limits.refusal is not None:
                 await answer.refuse()
-        except Denied as denied:
+        except Exception as exc:
             if answer.started:
                 raise
-            denial = await self._denial(limits, denied.decision, scope)
-            # Its status counts as any: what else was taken may be given back.
-            await denial(scope, receive, answer.send_with_limits)
-        except Exception as exc:
-            if not answer.started:
+            if not limits.answers(exc):
                 await ending.failed(exc)
-            raise
+                raise
+            # Its status counts as any: what else was taken may be given back.
+            if isinstance(exc, Denied):
+                instead = await self._denial(limits, exc.decision, scope)
+            else:
+                instead = rendered(exc, scope)
+            await instead(scope, receive, answer.send_with_limits)
 
     def _limits(self, scope: Scope) -> RequestLimits:
         """Return what a request takes with, where its handlers find it."""
         # The scope is the request's own. Its state need not be: Hypercorn shares one among all
         # requests of a connection, and what an earlier one has taken must not pay for this one.
         limits = RequestLimits(self.limiter, scope, self._identify, self._anonymous)
-        state: dict[str, Any] | None = scope.get("state")
+        scope[STATE_KEY] = limits
+        state: Any = scope.get("state")
         if state is None:
-            state = scope["state"] = {}
-        elif STATE_KEY in state:
-            state = scope["state"] = state.copy()
-        scope[STATE_KEY] = state[STATE_KEY] = limits
+            scope["state"] = {STATE_KEY: limits}
+        elif isinstance(state, (dict, MutableMapping)):
+            if STATE_KEY in state:
+                state = scope["state"] = {**state}
+            state[STATE_KEY] = limits
         return limits
 
     def _metered(self, scope: Scope) -> tuple[str, int] | None:

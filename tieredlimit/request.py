@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeGuard
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
@@ -32,6 +33,7 @@ class RequestLimits:
         decisions: What was decided so far, by feature.
         denied: True once the middleware answers with a denial, whose fields then stand.
         ending: What is done at the end of the response.
+        failure: What `identify` raised, which is not asked again; None where it has not.
         metered: The feature that the middleware has metered the request as, None if none.
         refusal: What `refuse` was told, None for nothing.
         refused: Whether the middleware has answered with that; None until it begins to.
@@ -48,6 +50,7 @@ class RequestLimits:
         "decisions",
         "denied",
         "ending",
+        "failure",
         "limiter",
         "metered",
         "refusal",
@@ -65,6 +68,7 @@ class RequestLimits:
         self._scope = scope
         self.decisions: dict[str, Decision] = {}
         self.denied: bool = False
+        self.failure: Exception | None = None
         self.metered: str | None = None
         self.refusal: Denied | HTTPException | None = None
         self.refused: bool | None = None
@@ -85,14 +89,24 @@ class RequestLimits:
         self.ending.end()
         if self._account is not None:
             self._scope = {}
-        else:
-            state = {key: value for key, value in self._scope["state"].items() if value is not self}
-            self._scope = {**self._scope, STATE_KEY: None, "state": state}
+            return
+        if self.failure is not None:
+            # What was raised refers to us, too, by the frames that it has passed.
+            self.failure = UsageError("identify has failed in this request, which is over")
+        scope = self._scope = {**self._scope, STATE_KEY: None}
+        state = scope.get("state")
+        # An application may have put something else there.
+        if isinstance(state, Mapping):
+            scope["state"] = {key: value for key, value in state.items() if value is not self}
 
     async def account(self) -> Account:
         """Return who this request is charged to, asking `identify` at most once.
 
-        Where that gives something else than an account or None, it is the client's address.
+        Where that gives something else than an account or None, it is the client's address. Only
+        an answer that nobody waited for, since that was cancelled, is asked for anew.
+
+        Raises:
+            Exception: What `identify` raised, now or before in this request.
         """
         account = self._account or self._account_now()
         if account is None:
@@ -101,6 +115,16 @@ class RequestLimits:
             async with self._asking:
                 account = self._account = self._account or await self._account_later()
         return account
+
+    def answers(self, error: Exception) -> TypeGuard[Denied | HTTPException]:
+        """Say whether an exception is to be the request's answer.
+
+        That is a denial, and the `HTTPException` that `identify` has raised; any other one is the
+        application's own.
+        """
+        return isinstance(error, Denied) or (
+            isinstance(error, HTTPException) and error is self.failure
+        )
 
     async def take(
         self, feature: str, cost: int = 1, *, account: Account | None = None
@@ -247,10 +271,16 @@ class RequestLimits:
 
     def _account_now(self) -> Account | None:
         """Return who it is, None where finding out has to wait."""
+        if self.failure is not None:
+            raise self.failure
         if self._answer is not None or self._asking is not None:
             return None  # another take has asked, and waits
         # Most answer at once. What does not is kept for `_account_later`.
-        answer = self._first_answer()
+        try:
+            answer = self._first_answer()
+        except Exception as exc:
+            self.failure = exc
+            raise
         if isinstance(answer, Account):
             self._account = answer
             return answer
@@ -259,12 +289,18 @@ class RequestLimits:
 
     async def _account_later(self) -> Account:
         """Return the account that an answer leads to, or else the client's address."""
+        if self.failure is not None:
+            raise self.failure
         answer, self._answer = self._answer, None
-        if answer is None:
-            answer = self._first_answer()
-        account = await self._resolved(answer)
-        if account is None:
-            account = await self._resolved(self._answer_of(self._anonymous))
+        try:
+            if answer is None:
+                answer = self._first_answer()
+            account = await self._resolved(answer)
+            if account is None:
+                account = await self._resolved(self._answer_of(self._anonymous))
+        except Exception as exc:
+            self.failure = exc
+            raise
         return account or Account("unknown", anonymous=True)
 
     def _first_answer(self) -> Answer:

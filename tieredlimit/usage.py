@@ -78,8 +78,9 @@ class _Usage:
             return unready
         connection = HTTPConnection(scope)
         accept_language = connection.headers.get("accept-language")
+        limits = self._limits(scope)
         try:
-            account = await self._limits(scope).account()
+            account = await limits.account()
             document = await self._document(account, accept_language)
         except HTTPException as answer:
             if answer.status_code in (204, 304):
@@ -89,6 +90,9 @@ class _Usage:
             return denied.decision.response()
         except Exception as exc:  # noqa: BLE001 -- our own trouble must never be a 500
             document = self._unknown(exc, accept_language)
+        finally:
+            if limits is not scope.get(STATE_KEY):
+                limits.end()
         return _cached(document, connection, head=scope["method"] == "HEAD")
 
     def _limits(self, scope: Scope) -> RequestLimits:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 
-from tieredlimit.errors import Denied, UsageError
+from tieredlimit.errors import UsageError
 from tieredlimit.identity import Answer
 from tieredlimit.integrations import endpoints
-from tieredlimit.integrations.endpoints import Asked, Connection, Door
+from tieredlimit.integrations.endpoints import Asked, Connection, Door, refused
 from tieredlimit.request import RequestLimits
 
 try:
@@ -120,9 +120,11 @@ def limits_of(request: HttpRequest) -> RequestLimits:
 
 
 class DeniedMiddleware:
-    """Answer what a view's `decision.raise_if_denied()` raised, where Django would answer 500.
+    """Answer what a view's take raised, where Django would answer 500.
 
-    Name it in `MIDDLEWARE`: `"tieredlimit.integrations.django.DeniedMiddleware"`.
+    That is a denial, by `decision.raise_if_denied()`, and the `HTTPException` that an `identify`
+    raises to answer the request itself. Name it in `MIDDLEWARE`:
+    `"tieredlimit.integrations.django.DeniedMiddleware"`.
     """
 
     sync_capable = True
@@ -140,10 +142,9 @@ class DeniedMiddleware:
         return self.get_response(request)
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        """Return the answer to a denial, None for any other exception."""
-        if not isinstance(exception, Denied):
-            return None
-        return HttpResponse(status=limits_of(request).refuse(exception))
+        """Return the answer to what the middleware answers, None for any other exception."""
+        status = refused(_connection(request), exception)
+        return None if status is None else HttpResponse(status=status)
 
 
 def _connection(request: Any) -> Connection:

@@ -19,7 +19,7 @@ from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer, resolve
 from tieredlimit.request import STATE_KEY, RequestLimits, is_preflight
 
-__all__ = ["Asked", "Connection", "Door", "feature_of", "limits_of"]
+__all__ = ["Asked", "Connection", "Door", "feature_of", "limits_of", "refused"]
 
 
 class _HasScope(Protocol):
@@ -65,6 +65,21 @@ def limits_of(connection: Connection, asker: str = "this") -> RequestLimits:
     if limits is None:
         raise UsageError(f"{asker} needs TieredLimitMiddleware on the application")
     return limits
+
+
+def refused(connection: Connection, error: Exception) -> int | None:
+    """Have the middleware answer with what an endpoint has raised, if that is an answer of ours.
+
+    That is a denial, and what `identify` raised to answer the request. Return the status that the
+    application's own answer should have, None for any other exception.
+
+    Raises:
+        UsageError: It is a denial, and the connection did not pass `TieredLimitMiddleware`.
+    """
+    limits = _found(connection)
+    if limits is None and isinstance(error, Denied):
+        limits = limits_of(connection)
+    return limits.refuse(error) if limits is not None and limits.answers(error) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+from starlette.exceptions import HTTPException
+
 from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Answer
-from tieredlimit.integrations.endpoints import Door, feature_of, limits_of
+from tieredlimit.integrations.endpoints import Door, feature_of, limits_of, refused
 
 try:
     from quart import Response, current_app, has_websocket_context, request, websocket
@@ -68,10 +70,15 @@ def limited(
     return decorate
 
 
-async def denied(error: Denied) -> Response:
-    """Answer what a view's `decision.raise_if_denied()` raised, where Quart would answer 500.
+async def denied(error: Denied | HTTPException) -> Response:
+    """Answer what a view's take raised, where Quart would answer 500.
 
-    `app.register_error_handler(Denied, denied)` is all that it takes, once per application.
+    `app.register_error_handler(Denied, denied)` is for `decision.raise_if_denied()`. An `identify`
+    that raises Starlette's `HTTPException`, to answer the request itself, needs the same line for
+    that class; one that a view raises by itself is raised on.
     """
     connection = websocket if has_websocket_context() else request
-    return Response(status=limits_of(connection).refuse(error))
+    status = refused(connection, error)
+    if status is None:
+        raise error
+    return Response(status=status)
