@@ -184,6 +184,42 @@ async def test_limited_class_leaves_the_one_it_inherits_from_as_it_was() -> None
     assert answer.headers["ratelimit"].startswith('"image-hour";r=0;')
 
 
+async def test_methods_of_classes_that_inherit_from_a_limited_one_are_charged() -> None:
+    @limited("image")
+    class Endpoint(HTTPEndpoint):
+        async def post(self, request: Request) -> Response:
+            return Response("base")
+
+    class Above(Endpoint):
+        async def post(self, request: Request) -> Response:
+            return Response("above")
+
+        def put(self, request: Request) -> Response:
+            return Response("put")
+
+    class Around(Above):
+        async def dispatch(self) -> None:
+            response = await self.post(Request(self.scope, self.receive))
+            await response(self.scope, self.receive, self.send)
+
+    async with Limiter(POLICY) as limiter:
+        routes = Route("/", Endpoint), Route("/above", Above), Route("/around", Around)
+        app = starlette(limiter, *routes, identify=identify)
+
+        lines = {
+            "ada": ("POST /above", "POST /", "POST /above"),
+            "bob": ("PUT /above", "PUT /above", "PUT /above"),
+            "cyd": ("POST /around", "POST /around", "POST /around"),
+        }
+        made = {
+            who: [await ask(app, line, x_who=who) for line in asked] for who, asked in lines.items()
+        }
+
+    answered = {who: [one.body for one in answers[:2]] for who, answers in made.items()}
+    assert answered == {"ada": [b"above", b"base"], "bob": [b"put"] * 2, "cyd": [b"above"] * 2}
+    assert [answers[2].status for answers in made.values()] == [429] * 3
+
+
 async def test_body_that_tells_the_cost_can_be_read_again_by_the_endpoint() -> None:
     async def length(request: Request) -> int:
         return len(await request.body())

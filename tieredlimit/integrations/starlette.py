@@ -39,8 +39,9 @@ def limited(
 
     It goes below the decorators that register the endpoint, on functions (async or not) of a
     `Request` or a `WebSocket`, on methods such as `get`, and on classes: of an `HTTPEndpoint` all
-    methods are charged but `options`, a `WebSocketEndpoint` before it accepts. A feature is charged
-    once per request: where the middleware or another decorator has charged it, that stands.
+    methods are charged but `options`, a `WebSocketEndpoint` before it accepts; of those that
+    inherit from it, too. A feature is charged once per request: where the middleware or another
+    decorator has charged it, that stands.
 
     Args:
         feature: The feature's name.
@@ -94,11 +95,8 @@ def _limited_function(door: Door[Any], endpoint: Callable[..., Any]) -> Callable
 
 def _limited_class(door: Door[Any], endpoint: type) -> type:
     if issubclass(endpoint, HTTPEndpoint):
-        methods = [name for name in _METHODS if hasattr(endpoint, name)]
-        for name in methods:
-            setattr(endpoint, name, _limited_function(door, getattr(endpoint, name)))
-        if methods:
-            return endpoint
+        if any(hasattr(endpoint, name) for name in _METHODS):
+            return _limited_methods(door, endpoint)
     elif issubclass(endpoint, WebSocketEndpoint):
         dispatch = endpoint.dispatch
 
@@ -115,6 +113,29 @@ def _limited_class(door: Door[Any], endpoint: type) -> type:
         f'limited("{door.feature}") decorates endpoints: functions, or classes of HTTPEndpoint '
         f"with a method or of WebSocketEndpoint, got the class {endpoint.__qualname__:.80}"
     )
+
+
+def _limited_methods(door: Door[Any], endpoint: type[HTTPEndpoint]) -> type:
+    awaited = endpoint.__await__
+
+    @wraps(awaited)
+    def limited_await(self: HTTPEndpoint) -> Any:
+        # Its method is looked up only now: whichever class below this one has it, it is charged.
+        name = self.scope["method"].lower()
+        if name == "head" and not hasattr(self, name):
+            name = "get"
+        method = getattr(type(self), name, None)
+        if callable(method) and name != "options" and not hasattr(HTTPEndpoint, name):
+            setattr(self, name, _limited_function(door, getattr(self, name)))
+        try:
+            return (yield from awaited(self))
+        finally:
+            # It refers to the endpoint: left so, that would wait for the garbage collector.
+            vars(self).pop(name, None)
+
+    # Of this class, not of the one that it may have inherited it from.
+    setattr(endpoint, "__await__", limited_await)  # noqa: B010 -- mypy has methods be final
+    return endpoint
 
 
 def _connection(door: Door[Any], args: Any, kwargs: Any) -> HTTPConnection:
