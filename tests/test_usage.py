@@ -23,6 +23,7 @@ from examples import usage_page
 from tests.contract import START, Clock
 from tests.serving import serve
 from tests.test_readme import blocks
+from tests.test_settling import push
 from tieredlimit import (
     Account,
     BackendError,
@@ -32,9 +33,9 @@ from tieredlimit import (
     stored,
     usage_app,
 )
-from tieredlimit.backends import MemoryBackend
+from tieredlimit.backends import Claimed, MemoryBackend
 from tieredlimit.identity import api_key
-from tieredlimit.testing import broken
+from tieredlimit.testing import RecordingObserver, broken
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,6 +86,7 @@ ACCOUNTS = {
     "pro": Account("pro", plan="pro", within={"org": "o7"}),
     "bob": Account("bob"),
 }
+OTHER = {"features": {"image": {}}, "tiers": {"all": {"quotas": {"image": "2/hour"}}}}
 identify = api_key(ACCOUNTS.get)
 
 
@@ -278,6 +280,51 @@ async def test_where_nobody_answers_the_outage_answers_are_shown(
         assert "cannot be served right now" in features["video"]["message"]
     else:
         assert features["video"]["state"] == "zero"  # whatever Redis would say
+
+
+@pytest.mark.parametrize("name", ["redis", "identify"])
+async def test_asking_in_an_outage_is_counted_as_no_decision(
+    limiter: Limiter, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(_: HTTPConnection) -> Account:
+        raise ConnectionError("the database is down")
+
+    recorder = RecordingObserver()
+    limiter = Limiter(POLICY, observers=[recorder])
+    app = usage_app(limiter, failing if name == "identify" else identify)
+    async with asking(app, "bob") as client:
+        with broken(limiter) if name == "redis" else nullcontext():
+            made = [(await client.get("/")).json() for _ in range(3)]
+
+    assert made[2]["features"]["image"]["state"] == "unknown"
+    assert [cell for cell, tally in limiter.tallies.items() if any(tally.counts().values())] == []
+    assert (recorder.decisions, recorder.outages) == ([], [])
+    assert "no decision could be made" in caplog.text
+
+
+async def test_policy_that_is_published_meanwhile_is_not_seen_halfway_through() -> None:
+    backend = MemoryBackend()
+    held = Limiter(POLICY, backend)
+    claim = backend.claim
+
+    async def claim_and_publish(*asked: Any) -> Claimed:
+        reply = await claim(*asked)
+        await push(held, OTHER)
+        return reply
+
+    held._claim = claim_and_publish
+    end = datetime.now(UTC) + timedelta(hours=1)
+    await held.control.close("video", everyone=True, until=end)
+
+    before = (await usage(held, "bob"))["features"]
+    after = (await usage(held, "bob"))["features"]
+
+    assert {name: one["state"] for name, one in before.items()} == {
+        **dict.fromkeys(("image", "audio", "render", "page"), "allowed"),
+        "video": "closed",
+    }
+    assert before["video"]["until"] is not None
+    assert list(after) == ["image"]
 
 
 async def test_what_identify_raises_to_answer_the_request_answers_it(limiter: Limiter) -> None:

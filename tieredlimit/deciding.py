@@ -336,19 +336,32 @@ class Deciding:
     def _outage(
         self, entry: Entry, cost: int, error: Exception, account: Account | None
     ) -> Decision:
-        """Return the feature's outage answer, and say so in the log."""
+        """Return the feature's outage answer, count it, and say so in the log."""
+        feature = entry.feature
+        if self._observed:
+            self.observers.on_outage(feature.name, error)
+        own = None
+        if feature.outage == "local" and account is not None:
+            own = self._local.take(entry, account, cost)
+        return self._said(entry, self._unsaid_outage(entry, cost, error, own), account)
+
+    def _unsaid_outage(
+        self,
+        entry: Entry,
+        cost: int,
+        error: Exception,
+        own: tuple[bool, float | None] | None = None,
+    ) -> Decision:
+        """Return the feature's outage answer, and say so in the log.
+
+        `own` is what this process lets through by itself, and else the seconds until it does.
+        """
         name, answer = entry.feature.name, entry.feature.outage
         self.complaints.log(f'no decision could be made: "{name}" gets "{answer}"', error)
-        if self._observed:
-            self.observers.on_outage(name, error)
-        retry_after = None
-        allowed = answer == "allow"
-        if answer == "local" and account is not None:
-            allowed, retry_after = self._local.take(entry, account, cost)
+        allowed, retry_after = own or (answer == "allow", None)
         if not allowed and retry_after is None:
             retry_after = random.uniform(*_OUTAGE_RETRY)  # noqa: S311 -- to spread, not to hide
-        decision = Decision(allowed, "outage", entry.cell, cost, retry_after)
-        return self._said(entry, decision, account)
+        return Decision(allowed, "outage", entry.cell, cost, retry_after)
 
 
 def demanded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -45,6 +46,8 @@ STATUSES: Mapping[Reason, int] = {
     "outage": 503,
 }
 """The status of a denial, by reason."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _TYPES = "https://iana.org/assignments/http-problem-types#"
 _EXCEEDED = (
@@ -145,6 +148,18 @@ class Decision(NamedTuple):
     def tier(self) -> str:
         """The row of the policy that the account fell in."""
         return self.cell.tier
+
+    @property
+    def closed_until(self) -> datetime | None:
+        """When the override ends that closes the feature, as it was announced.
+
+        None where it is not closed, or until further notice. Those who wait for the same end are
+        told to come back a little later, each at a time of its own: see `retry_after`.
+        """
+        end_us = self.cell.closed_until_us
+        if self.reason != "closed" or end_us is None:
+            return None
+        return _EPOCH + timedelta(microseconds=end_us)
 
     @property
     def remaining(self) -> int | None:

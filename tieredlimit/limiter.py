@@ -238,10 +238,11 @@ class Limiter(Peeking, Reserving):
     def _table(self) -> Table:
         return self._force.table_at(self.backend.now())
 
-    def outage(self, feature: str, cost: int, error: Exception) -> Decision:
+    def outage(self, feature: str, cost: int, error: Exception, *, peek: bool = False) -> Decision:
         """Return the feature's outage answer, for who could not even be identified.
 
-        Zero in every tier denies all the same: then it does not matter who it is.
+        Zero in every tier denies all the same: then it does not matter who it is. With `peek` it is
+        not counted, and shown to nobody.
 
         Raises:
             UsageError: The feature is unknown.
@@ -252,7 +253,9 @@ class Limiter(Peeking, Reserving):
         if not self.enabled or all(entry.cell.zero and not entry.variants for entry in entries):
             decision = self._without_asking(table, last, cost, None, 0)
             if decision is not None:
-                return self._said(last, decision, None)
+                return decision if peek else self._said(last, decision, None)
+        if peek:
+            return self._unsaid_outage(last, cost, error)
         return self._outage(last, cost, error, None)
 
     async def open(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.table import Entry, Table
@@ -16,11 +15,9 @@ from tieredlimit.judging import checked, judged, judged_demanding
 
 __all__ = ["Peeking"]
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
 
 class Peeking(Deciding):
-    """What `Limiter` answers without charging anything."""
+    """What `Limiter` answers without charging anything: it is not counted, and shown to nobody."""
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
@@ -49,23 +46,6 @@ class Peeking(Deciding):
         entries = [table.find(account, feature, now) or entry for feature, entry in row.items()]
         decisions = await self._peek_all(table, account, entries, 1, now)
         return dict(zip(row, decisions, strict=True))
-
-    def closed_until(self, account: Account, feature: str) -> datetime | None:
-        """Return when the override ends that closes a feature to an account; asks nobody.
-
-        None where the feature is not closed, or until further notice. Those who wait for the same
-        end are told to come back a little later, each at a time of its own: see
-        `Decision.retry_after`.
-
-        Raises:
-            UsageError: The feature is unknown.
-        """
-        now = self.backend.now()
-        entry = checked(self._force.table_at(now), account, feature, 0, now)
-        closure = entry.closure if self.enabled else None
-        if closure is None or closure.end_us is None:
-            return None
-        return _EPOCH + timedelta(microseconds=closure.end_us)
 
     async def _peek_all(
         self, table: Table, account: Account, entries: Sequence[Entry], cost: int, now: int
@@ -104,7 +84,7 @@ class Peeking(Deciding):
             elif charges:
                 reply = await self.backend.take(charges)
         except BackendError as exc:
-            return {id(entry): self._outage(entry, cost, exc, None) for entry in entries}
+            return {id(entry): self._unsaid_outage(entry, cost, exc) for entry in entries}
         debts, held = list(reply.debts), held_of(reply)
         decided = {}
         for entry, (buckets, places) in zip(entries, parts, strict=True):

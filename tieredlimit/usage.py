@@ -107,19 +107,19 @@ class _Usage:
         limiter = self._limiter
         decisions = await limiter.usage(account)
         now = limiter.backend.now()
-        features = {}
-        for name, decision in decisions.items():
-            shown = features[name] = self._shown(decision, now, accept_language)
-            if decision.reason == "closed":
-                until = limiter.closed_until(account, name)
-                shown["until"] = until and _spelled(until)
+        features = {
+            name: self._shown(decision, now, accept_language)
+            for name, decision in decisions.items()
+        }
         tiers = {decision.tier for decision in decisions.values()}
         return {"tier": tiers.pop(), "features": features}
 
     def _unknown(self, error: Exception, accept_language: str | None) -> dict[str, Any]:
         """Return what there is to say where nobody knows who asks."""
         limiter = self._limiter
-        decisions = {name: limiter.outage(name, 1, error) for name in limiter.policy.features}
+        decisions = {
+            name: limiter.outage(name, 1, error, peek=True) for name in limiter.policy.features
+        }
         features = {
             name: self._shown(decision, 0, accept_language) for name, decision in decisions.items()
         }
@@ -153,13 +153,14 @@ class _Usage:
             default=None,
         )
         zero = 0 if decision.reason == "zero" else None
+        until = decision.closed_until
         return {
             "state": decision.reason if known else "unknown",
             "allowed": allowed,
             "remaining": decision.remaining,
             "capacity": zero if tightest is None else tightest.capacity,
             "retry_at": retry_at,
-            "until": None,
+            "until": until and _spelled(until),
             "message": decision.message(accept_language, countdown=False) or None,
             "quotas": quotas,
             # Those of a pool are everybody's, and nobody's business.

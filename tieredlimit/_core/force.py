@@ -90,7 +90,13 @@ def overridden(cell: Cell, override: Override) -> Cell:
     """
     messages = override.messages or cell.messages
     if override.action == "close":
-        return replace(cell, quotas=(), unlimited=False, messages=override.messages)
+        return replace(
+            cell,
+            quotas=(),
+            unlimited=False,
+            messages=override.messages,
+            closed_until_us=override.end_us,
+        )
     reading = Reading()
     content = read_cell(reading, f"overrides.{override.id}", cell.feature, override.quotas)
     if content is None:

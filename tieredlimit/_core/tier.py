@@ -33,6 +33,8 @@ class Cell:
         messages: What a denied user reads, by language tag, the first being the default; "" is the
             tag of a text whose language is not said. Empty means the built-in text.
         shadow: The cell that is measured beside this one and never enforced, None for none.
+        closed_until_us: Where an override has closed it, the instant at which that ends, in
+            microseconds; None until further notice.
     """
 
     feature: str
@@ -41,6 +43,7 @@ class Cell:
     unlimited: bool
     messages: Mapping[str, str]
     shadow: Cell | None = None
+    closed_until_us: int | None = None
 
     @property
     def zero(self) -> bool:
