@@ -18,6 +18,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
+from tests.test_settling import push
 from tieredlimit import Account, Decision, Limiter, UsageError
 from tieredlimit.backends import RedisBackend
 
@@ -48,6 +49,8 @@ POLICY: dict[str, Any] = {
         "everyone": {"quotas": {"image": "2/hour", "video": "8/hour"}},
     },
 }
+
+WITHOUT_IMAGES = {"features": {"video": {}}, "tiers": {"all": {"quotas": {"video": "8/hour"}}}}
 
 # The doors by which an application may take an image, none of them better known than the others.
 DOORS = ["/images", "/limited", "/limited-sync", "/class", "/taken"]
@@ -358,6 +361,18 @@ class FrameworkContract(Framework):
 
         assert (answer.status, answer.headers["www-authenticate"]) == (401, "Key")
         assert answer.body in (b"who are you?", self.stranger)
+
+    @pytest.mark.parametrize("door", DOORS)
+    async def test_feature_that_a_pushed_policy_has_no_more_is_not_limited_any_more(
+        self, app: ASGIApp, limiter: Limiter, door: str
+    ) -> None:
+        await push(limiter, WITHOUT_IMAGES)
+        made = [await ask(app, f"POST {door}", x_who="mallory") for _ in range(3)]
+        await push(limiter, POLICY)
+        after = await ask(app, f"POST {door}", x_who="mallory")
+
+        assert [answer.status for answer in (*made, after)] == [200, 200, 200, 403]
+        assert FIELDS.isdisjoint(made[0].headers)
 
     @pytest.mark.parametrize("door", DOORS)
     async def test_statuses_and_legacy_fields_hold_for_whichever_door(

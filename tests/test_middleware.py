@@ -33,6 +33,7 @@ from websockets.exceptions import InvalidStatus
 from tests.servers import Monitor
 from tests.serving import serve
 from tests.test_limiter import PATIENT, Broken, Clock, Spy
+from tests.test_settling import push
 from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
 from tieredlimit.backends import MemoryBackend, RedisBackend
 from tieredlimit.identity import blocking
@@ -943,6 +944,30 @@ class TestOneCharge:
 
         with pytest.raises(ValueError, match='unknown feature "vidoe"'):
             await run(behind(limiter_of(), app))
+
+    async def test_a_feature_that_was_once_known_is_allowed_and_logged_whatever_is_asked(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            limits = limits_of(scope)
+            taken.append(await limits.take("video"))
+            taken.append((await limits.reserve("sound", 30)).decision)
+            with pytest.raises(UsageError):
+                await limits.take("music", -1)
+            await plain(scope, receive, send)
+
+        taken: list[Decision] = []
+        once: dict[str, Any] = {name: ([], "1/hour") for name in ("video", "sound", "music")}
+        limiter = limiter_of(**once)
+        await push(limiter, policy())
+        for ask in (identify, broken_identify):
+            start, _ = await run(behind(limiter, app, identify=ask), path="/unmetered")
+
+        assert start["status"] == 200
+        assert [(one.allowed, one.tier, one.token) for one in taken] == [(True, "", "")] * 4
+        assert caplog.text.count("is not limited") == 1
+        with pytest.raises(UsageError, match="unknown feature"):
+            await limiter.take(ANN, "video")
 
 
 class TestDenied:

@@ -104,6 +104,7 @@ class InForce:
         self.unknowns: Unknowns = Unknowns()
         self.revision: Revision = NOTHING
         self._overrides: tuple[Override, ...] = ()
+        self._ever: set[str] = set()
         close_file = close_file or os.environ.get("TIEREDLIMIT_CLOSE_FILE") or None
         self._file = None if close_file is None else Path(close_file)
         self._in_file: tuple[Override, ...] = ()
@@ -152,6 +153,13 @@ class InForce:
     def standing(self) -> Revision:
         """Return the revision that is followed."""
         return self.revision
+
+    def dropped(self, feature: object) -> bool:
+        """Say whether an earlier policy of this process had a feature that this one has not."""
+        table = self.table
+        if table is None or not isinstance(feature, str):  # of a request's body it may be anything
+            return False
+        return feature in self._ever and feature not in table.policy.features
 
     def adopt(self, revision: Revision) -> None:
         """Follow a revision, unless it is older; what cannot be read changes nothing."""
@@ -310,7 +318,7 @@ class InForce:
         revision: Revision = NOTHING,
         now: int | None = None,
     ) -> Table:
-        return Table(
+        table = Table(
             policy,
             self._namespace,
             self._shards,
@@ -321,6 +329,8 @@ class InForce:
             unknowns=self.unknowns,
             secret=self._secret,
         )
+        self._ever.update(policy.features)
+        return table
 
     async def _watch_file(self) -> None:
         while True:

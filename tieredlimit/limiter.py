@@ -29,7 +29,7 @@ from tieredlimit.decision import Decision
 from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.inforce import InForce, Stored
-from tieredlimit.judging import named, require_account
+from tieredlimit.judging import require_account
 from tieredlimit.leases import Leases
 from tieredlimit.local import Local
 from tieredlimit.observe import Observer, Observers
@@ -237,26 +237,6 @@ class Limiter(Peeking, Reserving):
     @property
     def _table(self) -> Table:
         return self._force.table_at(self.backend.now())
-
-    def outage(self, feature: str, cost: int, error: Exception, *, peek: bool = False) -> Decision:
-        """Return the feature's outage answer, for who could not even be identified.
-
-        Zero in every tier denies all the same: then it does not matter who it is. With `peek` it is
-        not counted, and shown to nobody.
-
-        Raises:
-            UsageError: The feature is unknown.
-        """
-        table = self._table
-        entries = [named(table, tier.name, feature) for tier in table.policy.tiers]
-        last = entries[-1]
-        if not self.enabled or all(entry.cell.zero and not entry.variants for entry in entries):
-            decision = self._without_asking(table, last, cost, None, 0)
-            if decision is not None:
-                return decision if peek else self._said(last, decision, None)
-        if peek:
-            return self._unsaid_outage(last, cost, error)
-        return self._outage(last, cost, error, None)
 
     async def open(self) -> None:
         """Get the backend ready in this event loop; a backend that is down is only logged.

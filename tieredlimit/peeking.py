@@ -6,18 +6,20 @@ import asyncio
 from collections.abc import Sequence
 
 from tieredlimit._core.account import Account
+from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.table import Entry, Table
+from tieredlimit._core.tier import Cell
 from tieredlimit.backends import Charge, Claim, Claimed, Reply, Slot
 from tieredlimit.deciding import Deciding, demanded, held_of
 from tieredlimit.decision import Decision
-from tieredlimit.errors import BackendError
-from tieredlimit.judging import checked, judged, judged_demanding
+from tieredlimit.errors import BackendError, UsageError
+from tieredlimit.judging import checked, judged, judged_demanding, named
 
 __all__ = ["Peeking"]
 
 
 class Peeking(Deciding):
-    """What `Limiter` answers without charging anything: it is not counted, and shown to nobody."""
+    """What `Limiter` answers without charging anything; a peek is not counted, nor shown."""
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
@@ -46,6 +48,40 @@ class Peeking(Deciding):
         entries = [table.find(account, feature, now) or entry for feature, entry in row.items()]
         decisions = await self._peek_all(table, account, entries, 1, now)
         return dict(zip(row, decisions, strict=True))
+
+    def outage(self, feature: str, cost: int, error: Exception, *, peek: bool = False) -> Decision:
+        """Return the feature's outage answer, for who could not even be identified.
+
+        Zero in every tier denies all the same: then it does not matter who it is. With `peek` it is
+        not counted, and shown to nobody.
+
+        Raises:
+            UsageError: The feature is unknown.
+        """
+        table = self._force.table_at(self.backend.now())
+        entries = [named(table, tier.name, feature) for tier in table.policy.tiers]
+        last = entries[-1]
+        if not self.enabled or all(entry.cell.zero and not entry.variants for entry in entries):
+            decision = self._without_asking(table, last, cost, None, 0)
+            if decision is not None:
+                return decision if peek else self._said(last, decision, None)
+        if peek:
+            return self._unsaid_outage(last, cost, error)
+        return self._outage(last, cost, error, None)
+
+    def unmetered(self, feature: str, cost: int) -> Decision | None:
+        """Return the decision for a feature that the policy in force has no more; None of others.
+
+        An earlier one of this process had it, and an application that charges it may not have been
+        deployed since. As what matches no route it is not limited: allowed, in no tier (""), and
+        counted nowhere. The log says so.
+        """
+        if not self._force.dropped(feature) or type(cost) is not int or not 0 <= cost <= MAX_AMOUNT:
+            return None
+        told = UsageError("take it out of the application, or keep it in the policy as unlimited")
+        gone = f'the policy in force has no feature "{feature}" any more: it is not limited'
+        self.complaints.log(gone, told)
+        return Decision(True, "allowed", Cell(feature, "", (), unlimited=True, messages={}), cost)
 
     async def _peek_all(
         self, table: Table, account: Account, entries: Sequence[Entry], cost: int, now: int

@@ -134,10 +134,11 @@ class RequestLimits:
         A second take of the same feature charges nothing and returns the first one's decision. A
         lease is renewed while the response runs, and released at its end unless it was detached.
         `account` is who to charge instead of whom the middleware's `identify` names. Where that
-        fails, the decision is the feature's outage answer.
+        fails, the decision is the feature's outage answer. A feature that a newer policy has no
+        more is not limited: its decision is `Limiter.unmetered`.
 
         Raises:
-            UsageError: As `Limiter.take`.
+            UsageError: As `Limiter.take`, of a feature that no policy of this process ever had.
             HTTPException: `identify` raised it, to answer the request itself.
             Denied: `identify` raised it.
         """
@@ -192,16 +193,22 @@ class RequestLimits:
         if waited and rematch is not None:
             # Another policy may have come into force meanwhile, which knows no such feature.
             feature, cost = rematch()
-        if account is None:
-            decision = self.limiter.outage(feature, cost, failure or UsageError("nobody is it"))
-        else:
-            decision = None
-            if settle_within is None:
-                decision = self.limiter.take_now(account, feature, cost)
+        try:
+            if account is None:
+                unknown = failure or UsageError("nobody is it")
+                decision = self.limiter.outage(feature, cost, unknown)
+            else:
+                decision = None
+                if settle_within is None:
+                    decision = self.limiter.take_now(account, feature, cost)
+                if decision is None:
+                    decision = await self.limiter.take(
+                        account, feature, cost, rematch=rematch, settle_within=settle_within
+                    )
+        except UsageError:
+            decision = self.limiter.unmetered(feature, cost)
             if decision is None:
-                decision = await self.limiter.take(
-                    account, feature, cost, rematch=rematch, settle_within=settle_within
-                )
+                raise
         self.decisions[decision.feature] = decision
         if decision.taken is not None:
             self.ending.add(decision)
