@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import pytest
 
 from tests.test_readme import blocks
-from tieredlimit import Account, Limiter, UsageError, testing
+from tieredlimit import Account, BackendError, Limiter, UsageError, testing
 from tieredlimit.backends import MemoryBackend
 from tieredlimit.integrations.pytest import MakeLimiter
 from tieredlimit.testing import BackendContract, Clock, RecordingObserver, broken, closed, exhaust
@@ -232,12 +232,54 @@ class TestBroken:
 
     async def test_on_redis_too(self, redis_url: str) -> None:
         async with Limiter(POLICY, redis_url) as limiter:
+            token = (await limiter.reserve(BOB, "image").take()).token
             with broken(limiter):
                 within = [await limiter.take(who, "image") for who in (BOB, PRO)]
+                with pytest.raises(BackendError, match="a test said so"):
+                    await limiter.settle(token, 0)
             after = await limiter.take(BOB, "image")
 
         assert [one.reason for one in within] == ["outage", "outage"]
-        assert (after.reason, after.remaining) == ("allowed", 4)
+        assert (after.reason, after.remaining) == ("allowed", 3)
+
+    async def test_nothing_is_settled_refunded_renewed_or_released_within_the_block(
+        self, limiter: Limiter
+    ) -> None:
+        first = await limiter.reserve(BOB, "image", 2).take()
+        second = await limiter.reserve(BOB, "image", 2).take()
+        slot = await limiter.take(PRO, "render")
+        lease = slot.lease
+        assert lease is not None
+
+        with broken(limiter):
+            for ask in (
+                lambda: limiter.settle(first.token, 1),
+                lambda: limiter.refund(second),
+                lambda: limiter.leases.renew(slot.token),
+                lease.release,
+            ):
+                with pytest.raises(BackendError, match="a test said so"):
+                    await ask()
+            held = await limiter.take(PRO, "render")
+        settled = await limiter.settle(first.token, 1)
+        await limiter.close()  # the release is made up for at the latest here
+        free = await limiter.take(PRO, "render")
+
+        assert (held.reason, settled, free.reason) == ("outage", True, "allowed")
+        assert (await limiter.peek(BOB, "image")).remaining == 2
+
+    async def test_shadow_is_not_measured_within_the_block(self, clock: Clock) -> None:
+        policy = {
+            "features": {"image": {}},
+            "tiers": {"all": {"quotas": {"image": "5/hour"}, "shadow": {"image": "1/hour"}}},
+        }
+        limiter = Limiter(policy, MemoryBackend(clock=clock))
+        with broken(limiter), broken(limiter):
+            await limiter.take(BOB, "image")
+        before = limiter.tallies.of("image", "all").shadow_allowed
+        await limiter.take(BOB, "image")
+
+        assert (before, limiter.tallies.of("image", "all").shadow_allowed) == (0, 1)
 
 
 class TestRecording:

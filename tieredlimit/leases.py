@@ -202,6 +202,10 @@ class Leases:
             raise UsageError("leases and reservations need one of our backends")
         return self._holds
 
+    def ask_at(self, holds: Holds | None) -> None:
+        """Renew and release there from now on."""
+        self._holds = holds
+
     def hold(self, token: str) -> Lease:
         """Return the lease of a token, to be kept: `async with limiter.leases.hold(token):`.
 
@@ -255,7 +259,7 @@ class Leases:
         loop = asyncio.get_running_loop()
         here = self._abandoned.get(loop)
         if here is None:
-            here = self._abandoned[loop] = _Abandoned(self.holds)
+            here = self._abandoned[loop] = _Abandoned(self)
         return here
 
     def _released(self, releasing: asyncio.Task[bool]) -> None:
@@ -269,8 +273,8 @@ class Leases:
 class _Abandoned:
     """Release what nobody waits for, again and again, in one event loop."""
 
-    def __init__(self, holds: Holds) -> None:
-        self._holds = holds
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
         # By id: the lease, the instant at which it is over, and when it was first said to be free.
         self._left: dict[bytes, tuple[Taken, float, float | None]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -318,7 +322,8 @@ class _Abandoned:
         """Try these; say whether the store has answered at all."""
         some = [self._left[id_] for id_ in ids if id_ in self._left]
         freed = await asyncio.gather(
-            *(self._holds.release(hold_of(taken)) for taken, _, _ in some), return_exceptions=True
+            *(self._leases.holds.release(hold_of(taken)) for taken, _, _ in some),
+            return_exceptions=True,
         )
         now = time.monotonic()
         for (taken, over_at, free_since), said in zip(some, freed, strict=True):

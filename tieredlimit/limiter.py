@@ -21,6 +21,7 @@ from tieredlimit.backends import Backend, Charge, Claimed, MemoryBackend, Reply
 from tieredlimit.backends.backend import ComparingBackend, StaleError
 from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.control import holds_of
+from tieredlimit.backends.holds import Holds
 from tieredlimit.backends.server import DEFAULT_TIMEOUT
 from tieredlimit.backends.shared import is_over_redis
 from tieredlimit.backends.urls import backend_at
@@ -118,7 +119,7 @@ class Limiter(Peeking, Reserving):
         self.samples: Samples = Samples(namespace, secret=secret)
         self._denials = Denials()
         self._local = Local(backend.now)
-        self.leases: Leases = Leases(holds_of(backend), namespace, self.complaints, self.patience)
+        self.leases: Leases = Leases(None, namespace, self.complaints, self.patience)
         self._shadows = Shadows(backend, self.observers)
         self._force = InForce(
             policy,
@@ -133,19 +134,7 @@ class Limiter(Peeking, Reserving):
             complaints=self.complaints,
             changed=self._changed,
         )
-        # Each call of these also says whether what it was prepared by is still in force.
-        self._comparing: ComparingBackend | None = None
-        self._claim: Callable[..., Awaitable[Claimed]] = _nobody
-        if is_over_redis(backend):
-            self._comparing = backend
-            self._claim = backend.claim
-        # What answers without waiting is asked so, unless a subclass has its own way.
-        self._take_now: Callable[[Sequence[Charge]], Reply] | None = None
-        self._memory = backend if isinstance(backend, MemoryBackend) else None
-        if self._memory is not None:
-            self._claim = self._memory.claim
-        if isinstance(backend, MemoryBackend) and type(backend).take is MemoryBackend.take:
-            self._take_now = backend.take_now
+        self._ask_at(backend, holds_of(backend))
 
     @classmethod
     def from_env(cls) -> Self:
@@ -373,6 +362,25 @@ class Limiter(Peeking, Reserving):
         self, account: Account, feature: str, cost: int, settle_within: float
     ) -> Decision:
         return await self.take(account, feature, cost, settle_within=settle_within)
+
+    def _ask_at(self, backend: Backend, holds: Holds | None) -> None:
+        """Ask this store from now on, and `holds` about what is taken of it."""
+        self.backend = backend
+        self.leases.ask_at(holds)
+        self._shadows.ask_at(backend)
+        # Each call of these also says whether what it was prepared by is still in force.
+        self._comparing: ComparingBackend | None = None
+        self._claim: Callable[..., Awaitable[Claimed]] = _nobody
+        if is_over_redis(backend):
+            self._comparing = backend
+            self._claim = backend.claim
+        # What answers without waiting is asked so, unless a subclass has its own way.
+        self._take_now: Callable[[Sequence[Charge]], Reply] | None = None
+        self._memory = backend if isinstance(backend, MemoryBackend) else None
+        if self._memory is not None:
+            self._claim = self._memory.claim
+        if isinstance(backend, MemoryBackend) and type(backend).take is MemoryBackend.take:
+            self._take_now = backend.take_now
 
     def tier_of(self, account: Account) -> str:
         """Return the name of the tier that the account falls in now, by the backend's clock."""

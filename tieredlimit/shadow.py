@@ -43,10 +43,14 @@ class Shadows:
     """
 
     def __init__(self, backend: Backend, observers: Observers) -> None:
-        self._backend = backend
         self._observers = observers
         self._denials = Denials()
         self._tasks: set[asyncio.Task[Reply]] = set()
+        self.ask_at(backend)
+
+    def ask_at(self, backend: Backend) -> None:
+        """Measure there from now on."""
+        self._backend = backend
         self._comparing: ComparingBackend | None = None
         if is_over_redis(backend):
             self._comparing = backend

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from tieredlimit._core.account import Account
 from tieredlimit.backends import Backend
+from tieredlimit.backends.holds import Holds
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.limiter import Limiter
@@ -78,18 +79,18 @@ async def closed(
 def broken(limiter: Limiter) -> Iterator[None]:
     """Let the limiter's store not answer within a block: each decision is an outage answer.
 
-    What needs no store is decided all the same, as in a real outage: zero, and what is closed.
+    What needs no store is decided all the same, as in a real outage: zero, and what is closed. To
+    settle, refund, renew or release is a `BackendError`; a release is made up for after the block.
     """
-    down = _Down(limiter.backend)
-    # Whatever asks the store, whichever kind that is.
-    held = limiter.backend, limiter._comparing, limiter._claim, limiter._take_now  # noqa: SLF001
+    backend, leases = limiter.backend, limiter.leases
+    # Of a backend of somebody else's there are none.
+    holds = leases._holds  # noqa: SLF001
     limiter._denials.held.clear()  # noqa: SLF001 -- what it remembers it would not have to ask
-    limiter.backend, limiter._claim, limiter._take_now = down, down.claim, None  # noqa: SLF001
-    limiter._comparing = None if held[1] is None else down  # noqa: SLF001
+    limiter._ask_at(cast(Backend, _Down(backend)), holds and _DownHolds(holds))  # noqa: SLF001 -- by each of its methods
     try:
         yield
     finally:
-        limiter.backend, limiter._comparing, limiter._claim, limiter._take_now = held  # noqa: SLF001
+        limiter._ask_at(backend, holds)  # noqa: SLF001
 
 
 class _Down:
@@ -97,6 +98,10 @@ class _Down:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+
+    @property  # type: ignore[misc]  # so that it is asked as that one is
+    def __class__(self) -> type:
+        return self._backend.__class__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -123,6 +128,37 @@ class _Down:
     def measure(self, *_: Any) -> Any:
         """Fail."""
         raise _down()
+
+
+class _DownHolds:
+    """The same of what looks after slots and reservations."""
+
+    def __init__(self, holds: Holds) -> None:
+        self._holds = holds
+
+    async def renew(self, *_: Any, **__: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    async def release(self, *_: Any, **__: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    async def settle(self, *_: Any, **__: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    async def refund(self, *_: Any, **__: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    async def level(self, *_: Any, **__: Any) -> Any:
+        """Fail."""
+        raise _down()
+
+    async def close(self) -> None:
+        """Give back what the store has got."""
+        await self._holds.close()
 
 
 def _down() -> BackendError:
