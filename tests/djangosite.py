@@ -106,7 +106,7 @@ def identify(connection: HTTPConnection) -> Any:
     return WAYS[connection.headers.get("x-way", "fresh")](connection)
 
 
-@transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # Django ships no types
+@transaction.non_atomic_requests
 async def who(request: Any) -> HttpResponse:
     """Say who is charged and who is served, or only what that has taken so far."""
     limits = request.scope["state"]["tieredlimit"]

@@ -965,7 +965,7 @@ class TestOneCharge:
 
         assert start["status"] == 200
         assert [(one.allowed, one.tier, one.token) for one in taken] == [(True, "", "")] * 4
-        assert caplog.text.count("is not limited") == 1
+        assert caplog.text.count("is not limited") == 2  # a line each, however often
         with pytest.raises(UsageError, match="unknown feature"):
             await limiter.take(ANN, "video")
 

@@ -44,6 +44,8 @@ _MOST_CELLS = 100
 _LONGEST_CLOSE_FILE = 64 * 1024
 _FILE_INTERVAL = 0.5
 
+_OVERRULED = "tieredlimit: the stored policy of revision %d is in force, and not the one given here"
+
 _log = logging.getLogger("tieredlimit")
 
 
@@ -186,11 +188,7 @@ class InForce:
             else:
                 self._overrides = revision.overrides
             if self._given is not None and revision.base is not None and followed.base is None:
-                _log.warning(
-                    "tieredlimit: the stored policy of revision %d is in force in place of the one "
-                    "that this process was given",
-                    revision.number,
-                )
+                _log.warning(_OVERRULED, revision.number)
             self.revision, self.table = revision, table
             self._tallies.mark()
         self._changed(revision)

@@ -10,7 +10,14 @@ from starlette.types import Scope
 
 from tieredlimit import Account
 from tieredlimit.identity import Answer
-from tieredlimit.integrations.endpoints import Asked, Connection, Door, feature_of, limits_of
+from tieredlimit.integrations.endpoints import (
+    Asked,
+    Connection,
+    Door,
+    feature_of,
+    limits_of,
+    refused,
+)
 from tieredlimit.request import RequestLimits
 
 
@@ -24,6 +31,7 @@ async def another_framework(connection: OwnFrameworks, scope: Scope, answer: Ans
     known: list[Connection] = [connection, scope, HTTPConnection(scope)]
     assert_type([feature_of(one) for one in known], list[str | None])
     assert_type(limits_of(connection, "it"), RequestLimits)
+    assert_type(refused(connection, ValueError()), int | None)
 
     def own_price(request: OwnFrameworks) -> int:
         return len(request.scope)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from datetime import datetime
 from importlib import import_module
+from io import BytesIO
 from typing import Any
 
 from asgiref.sync import ThreadSensitiveContext, sync_to_async
@@ -134,7 +135,7 @@ def _session_key(connection: HTTPConnection) -> str | None:
     """Return the key that Django will find in the cookies, None where no session can have it."""
     cookies = [pair for pair in connection.scope["headers"] if pair[0].lower() == b"cookie"]
     # One that is there twice is read as Django reads it: who is charged has to be who is served.
-    request = ASGIRequest({"method": "GET", "path": "/", "headers": cookies}, None)
+    request = ASGIRequest({"method": "GET", "path": "/", "headers": cookies}, BytesIO())
     key: str = request.COOKIES.get(settings.SESSION_COOKIE_NAME, "")
     if settings.SESSION_ENGINE in _STORING:
         return key if _STORED_KEY.fullmatch(key) else None

@@ -35,7 +35,7 @@ class _Options(TypedDict, total=False):
     shards: int | None
     enabled: bool
     observers: Iterable[Observer]
-    close: str
+    close: str | None
     close_file: str | Path | None
     id_secret: str | None
 
