@@ -78,4 +78,5 @@ async def test_primary_that_became_a_replica_refuses_and_is_left_for_the_new_one
         await backend.take([CHARGE])
 
     assert (await recovered(backend)).allowed
-    assert new.command("DBSIZE") == 1
+    assert (await backend.take([SLOW])).allowed
+    assert new.command("EXISTS", SLOW.key) == 1
