@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -170,6 +171,18 @@ class TestToken:
         for token in (jwt.encode(anybody, SECRET), signed(aud=[])):
             assert by_secret(audience=None)(bearer(token)) == Account("u1")
         assert by_secret()(bearer(jwt.encode(anybody, SECRET))) is None
+
+    def test_why_it_is_not_valid_can_be_looked_up_and_nothing_of_it_is_told(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, "tieredlimit")
+        late, foreign = signed(exp=int(time.time()) - 10), signed(aud="other")
+
+        assert [by_secret()(bearer(one)) for one in (late, foreign, "x.y.z")] == [None] * 3
+
+        reasons = [one.rpartition(": ")[2] for one in caplog.messages]
+        assert reasons == ["ExpiredSignatureError", "InvalidAudienceError", "DecodeError"]
+        assert all(part not in caplog.text for one in (late, foreign) for part in one.split("."))
 
     def test_issuer_is_compared_as_a_whole(self) -> None:
         assert by_secret(issuer="https://id")(bearer(signed(iss="https://"))) is None

@@ -7,6 +7,7 @@ thread, and once for all that wait.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from threading import Lock
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from jwt.algorithms import AllowedPublicKeys
 
 __all__ = ["Claim", "Claims", "access_token"]
+
+_log = logging.getLogger("tieredlimit")
 
 _LONGEST = 8_192
 _MOST = 1_000_000
@@ -224,9 +227,13 @@ class _Expected(NamedTuple):
         """Return what a token says of itself, None where it can be no valid one."""
         try:
             head = jwt.get_unverified_header(token)
-        except Exception:  # noqa: BLE001 -- whatever a stranger's text makes a parser do
+        except Exception as exc:  # noqa: BLE001 -- whatever a stranger's text makes a parser do
+            _tell(type(exc).__name__)
             return None
-        return head if head.get("alg") in self.algorithms else None
+        if head.get("alg") not in self.algorithms:
+            _tell("its algorithm is none of ours")
+            return None
+        return head
 
     def verified(self, token: str, found: Key) -> dict[str, Any] | None:
         """Return the claims of a token, None where it is not valid."""
@@ -244,9 +251,15 @@ class _Expected(NamedTuple):
                 leeway=self.leeway,
                 options=options,
             )
-        except Exception:  # noqa: BLE001 -- as above; beside its own errors, it lets others through
+        except Exception as exc:  # noqa: BLE001 -- as above; beside its own errors, it lets others through
+            _tell(type(exc).__name__)
             return None
         return payload
+
+
+def _tell(why: str) -> None:
+    """Say why a token is not valid, to who looks for it: never with a word of the token."""
+    _log.debug("tieredlimit: a token is not valid: %s", why)
 
 
 def _until(exp: object, leeway: float, now: float) -> float:
