@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 from tieredlimit._core.account import Account
@@ -13,6 +13,9 @@ from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import Quota, share_of
 from tieredlimit._core.shelf import Shelf, subject_key
 from tieredlimit._core.slots import Slot, Slots
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 # What a named tuple's own constructor does, at half its cost.
 _new = tuple.__new__

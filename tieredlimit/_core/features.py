@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from fractions import Fraction
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tieredlimit._core.pool import Pool, check_pool, parse_percent, read_pool, read_pools
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.reading import Reading, did_you_mean, join, spell
 from tieredlimit._core.routes import Route, clashes
-from tieredlimit._core.tier import DEFAULT_OUTAGE_SHARE, Feature, Outage
+from tieredlimit._core.tier import Feature, Outage, default_outage_share
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 WORDS = ("routes", "outage", "outage_share", "pool", "refund_on", "refund_on_exception")
 OUTAGES = ("allow", "deny", "local")
@@ -122,14 +124,14 @@ def _read_refunds(
 def _read_share(reading: Reading, path: str, table: Mapping[Any, Any], outage: Outage) -> Fraction:
     """Read the share that every process gives out during an outage."""
     if "outage_share" not in table:
-        return DEFAULT_OUTAGE_SHARE
+        return default_outage_share()
     place, value = join(path, "outage_share"), table["outage_share"]
     if outage != "local":
         reading.fault(place, 'only outage = "local" gives out a share')
     share = parse_percent(value)
     if share is None or not share:
         reading.fault(place, f'must be a share above 0% such as "10%", got {spell(value)}')
-    return share or DEFAULT_OUTAGE_SHARE
+    return share or default_outage_share()
 
 
 class _Pools:

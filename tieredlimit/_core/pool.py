@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tieredlimit._core.quota import MAX_AMOUNT, Quota, parse_quota_rate
 from tieredlimit._core.reading import Reading, did_you_mean, join, spell
 from tieredlimit._core.slots import WORDS as SLOTS_WORDS
 from tieredlimit._core.slots import read_slots
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 WORDS = ("rate", "capacity", "leave", "slices", *SLOTS_WORDS)
 
@@ -29,7 +31,7 @@ class Leave:
     """Say what a tier's takes must leave: a share of tokens and slots, or so many tokens."""
 
     tokens: int = 0
-    share: Fraction = Fraction(0)
+    share: Fraction | int = 0
 
     def of(self, whole: int) -> int:
         """Return the tokens that must stay of so many; parts of a token count as one."""
@@ -160,9 +162,7 @@ def check_pool(reading: Reading, path: str, pool: Pool, costs: Iterable[tuple[st
 def _check_slices(reading: Reading, path: str, pool: Pool, largest: int) -> None:
     capacity, concurrency = pool.quota.capacity, pool.quota.concurrency
     most_left = max(pool.left_by(tier) for tier in ["", *pool.leave])
-    largest_share = Leave(
-        share=max((left.share for left in pool.leave.values()), default=Fraction())
-    )
+    largest_share = Leave(share=max((left.share for left in pool.leave.values()), default=0))
     needed = ROOM_OF_A_SLICE * largest
 
     def room(slices: int) -> int:
@@ -261,6 +261,8 @@ def _parse_leave(value: Any) -> Leave:
 
 def parse_percent(value: object) -> Fraction | None:
     """Read a share such as "50%", None if it is none: more than 100, or no percentage at all."""
+    from fractions import Fraction  # most processes read no share, and it brings decimal
+
     match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if match is None or Fraction(match[1]) > 100:
         return None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from tieredlimit._core.fields import policy_item
 from tieredlimit._core.rate import DAY_US, SECOND_US, TEN_YEARS_US, Rate, parse_rate
 from tieredlimit._core.reading import spell
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 MAX_AMOUNT = 1_000_000_000
 """The largest capacity and the largest cost, in tokens."""

@@ -23,10 +23,11 @@ _UNIT_US = {
     "day": DAY_US,
     "week": 7 * DAY_US,
 }
-_DURATION = re.compile(r"([0-9]{1,9}) ?(second|minute|hour|day|week)s?")
-_MULTIPLE = re.compile(r"(?:/|per)\s*([0-9]*)\s*([a-z]+)\s*", re.IGNORECASE)
+# Compiled at the first policy, not at import.
+_DURATION = r"([0-9]{1,9}) ?(second|minute|hour|day|week)s?"
+_MULTIPLE = r"(?i:(?:/|per)\s*([0-9]*)\s*([a-z]+)\s*)"
 # `fromisoformat` alone takes week dates, dates without a time and zones of odd seconds.
-_INSTANT = re.compile(
+_INSTANT = (
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
@@ -55,7 +56,7 @@ def parse_rate(text: str) -> Rate:
 
     if len(text) > _LONGEST_RATE:
         raise ValueError(f"got {spell(text)}; a rate is at most {_LONGEST_RATE} characters")
-    tail = _MULTIPLE.search(text)
+    tail = re.search(_MULTIPLE, text)
     multiple, unit = (tail[1], tail[2].lower().removesuffix("s")) if tail else ("", "")
     if unit in {"month", "year"}:
         raise ValueError(f"got {spell(text)}; write 30 days: calendar quotas are billing")
@@ -83,7 +84,7 @@ def parse_rate(text: str) -> Rate:
 
 def parse_duration(value: object) -> int:
     """Read a duration such as `"7 days"` and return microseconds."""
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
     if match is None or int(match[1]) == 0:
         raise ValueError(
             f'got {spell(value)}; write a duration such as "7 days" or "36 hours", '
@@ -100,7 +101,7 @@ def parse_instant(value: object) -> int:
     wanted = f"got {spell(value)}; write an instant with a zone, such as 2026-11-20T18:00:00Z"
     instant = value
     try:
-        if isinstance(instant, str) and _INSTANT.fullmatch(instant):
+        if isinstance(instant, str) and re.fullmatch(_INSTANT, instant):
             instant = datetime.fromisoformat(instant.upper())
         if not isinstance(instant, datetime) or instant.utcoffset() is None:
             raise ValueError(wanted)

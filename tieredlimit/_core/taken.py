@@ -24,8 +24,9 @@ _MOST_US = 2**53
 # Nothing else may be spelled: what stands under other keys is none of a take's.
 _HEAD = r"tl1:\{([a-z0-9_-]{1,32}:[0-9]{1,4})\}:(?:~pool|[a-z0-9_-]{1,32}):[a-z0-9_-]{1,32}"
 _TAIL = r":[a-z0-9_-]{0,32}:[A-Za-z0-9_.@%~=*-]{1,72}"
-_BUCKET_KEY = re.compile(_HEAD + _TAIL)
-_SLOT_KEY = re.compile(f"{_HEAD}{LEASES}{_TAIL}")
+# Compiled at the first token: most processes read none, and each costs at import.
+_BUCKET_KEY = _HEAD + _TAIL
+_SLOT_KEY = f"{_HEAD}{LEASES}{_TAIL}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ class Taken:
 
     def is_within(self, namespace: str) -> bool:
         """Say whether it names keys of a take in a namespace alone, all with one hash tag."""
-        found = [_BUCKET_KEY.fullmatch(bucket.key) for bucket in self.buckets]
-        found += [_SLOT_KEY.fullmatch(key) for key, _ in self.slots]
+        found = [re.fullmatch(_BUCKET_KEY, bucket.key) for bucket in self.buckets]
+        found += [re.fullmatch(_SLOT_KEY, key) for key, _ in self.slots]
         if not found:
             return not self.record  # of what is unlimited
         tags = {match and match[1] for match in found}

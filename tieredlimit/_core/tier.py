@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from tieredlimit._core.condition import When
 from tieredlimit._core.pool import Pool
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.routes import Route
 
+if TYPE_CHECKING:
+    from fractions import Fraction
+
 _AMOUNT = re.compile(r"\s*([0-9]+)")
 
 Outage = Literal["allow", "deny", "local"]
 
-DEFAULT_OUTAGE_SHARE = Fraction(1, 10)
+
+def default_outage_share() -> Fraction:
+    """Return the share of each quota that a process gives out by itself, where none is said."""
+    from fractions import Fraction  # it brings decimal, and importing tieredlimit needs neither
+
+    return Fraction(1, 10)
+
+
 """The share of each quota that a process gives out by itself, unless the policy says another."""
 
 
@@ -77,7 +86,7 @@ class Feature:
     pool: Pool | None = None
     refund_on: frozenset[int] = frozenset()
     refund_on_exception: bool = False
-    outage_share: Fraction = DEFAULT_OUTAGE_SHARE
+    outage_share: Fraction = field(default_factory=default_outage_share)
 
     @property
     def refunds(self) -> bool:
