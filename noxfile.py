@@ -55,7 +55,7 @@ def lowest(session: nox.Session) -> None:
     extras = project["optional-dependencies"]
     asked = ["django", "fastapi", "jwt", "litestar", "prometheus", "quart"]
     lines = [*project["dependencies"], *(line for extra in asked for line in extras[extra])]
-    oldest = [re.sub(r"^([\w-]+(?:\[\w+\])?)>=([\w.]+).*", r"\1==\2", line) for line in lines]
+    oldest = [re.sub(r"^([\w-]+)(?:\[\w+\])?>=([\w.]+).*", r"\1==\2", line) for line in lines]
     if loose := [line for line in oldest if "==" not in line]:
         session.error(f"no lower bound: {', '.join(loose)}")
     constraints = Path(session.create_tmp()) / "lowest.txt"
