@@ -205,7 +205,8 @@ async def connect(app: ASGIApp, path: str, *, extension: bool = False) -> Answer
 
     async def send(message: Message) -> None:
         answer.messages.append(message)
-        if message["type"] == "websocket.close":
+        ends = message["type"] == "websocket.http.response.body" and not message.get("more_body")
+        if ends or message["type"] == "websocket.close":
             closed.set()
 
     extensions: dict[str, Any] = {"websocket.http.response": {}} if extension else {}

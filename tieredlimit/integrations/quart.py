@@ -61,8 +61,9 @@ def limited(
             connection = websocket if of_websocket else request
             status = await door.charge(connection, door.asked(connection, connection))
             if status is not None:
-                # The middleware answers instead; before a WebSocket is accepted, for it as well.
-                return None if of_websocket else Response(status=status)
+                # The middleware answers instead, as soon as Quart begins to: newer ones do not,
+                # for a WebSocket's view that returns nothing before it accepts.
+                return Response(status=status)
             return await current_app.ensure_async(view)(*args, **kwargs)
 
         return cast(_View, limited_view)  # called as it was
