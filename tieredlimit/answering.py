@@ -79,9 +79,10 @@ class Answering:
         limits = self._limits
         if limits.refusal is not None and await self.refuse(message):
             return
-        if limits.ending.needed:
+        ending = limits.ending
+        if ending is not None and ending.needed:
             self._left = left_after(message, self._left, self._scope.get("method", ""))
-            await limits.ending.before(message, started=self.started, last=self._left == 0)
+            await ending.before(message, started=self.started, last=self._left == 0)
         kind = message["type"]
         if kind in _BEGINNINGS:
             self.started = True
@@ -134,9 +135,14 @@ def _with_fields(message: Message, fields: list[Field]) -> Message:
     """Return the message with our fields in place of the application's of the same names."""
     if not fields:
         return message
-    ours = [name for name, _ in fields]
-    headers = [one for one in message.get("headers", ()) if one[0].lower() not in ours]
-    return {**message, "headers": headers + fields}
+    ours = dict(fields)
+    headers = [*message.get("headers", ())]
+    for name, _ in headers:
+        if name.lower() in ours:
+            headers = [one for one in headers if one[0].lower() not in ours]
+            break
+    headers += fields
+    return {**message, "headers": headers}
 
 
 def _beside(headers: Any, answer: Any) -> list[Field]:

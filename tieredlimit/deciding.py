@@ -90,18 +90,19 @@ class Deciding:
         force = self._force
         table = force.table
         now = at
-        if table is None or table.timed:
+        if table is None or table.bounded:
             now = now or self.backend.now()
             table = force.table_at(now)
         entry: Entry | None = None
         times: tuple[int, int] | None = None
         if type(cost) is int and 0 <= cost <= MAX_AMOUNT and type(feature) is str:
             if table.timed:
+                now = now or self.backend.now()
                 entry, times = table.look_up(account, feature, now)
             else:
                 entry = table.rows[table.ranking.first(account, 0)].get(feature)
         if entry is None:
-            entry = checked(table, account, feature, cost, now)
+            entry = checked(table, account, feature, cost, now or self.backend.now())
         if entry.shadow is not None and self.enabled:
             self._shadows.measure(table, entry.shadow, account, cost, times)
         if not self.enabled or entry.most is None or cost > entry.most:

@@ -35,16 +35,17 @@ class Ending:
         limiter: What decided.
         decisions: What was decided for the request, by feature; a refund takes its decision's
             place.
+        over: Whether the response has ended already.
     """
 
     __slots__ = ("_decisions", "_gone", "_held", "_limiter", "_over")
 
-    def __init__(self, limiter: Limiter, decisions: dict[str, Decision]) -> None:
+    def __init__(self, limiter: Limiter, decisions: dict[str, Decision], *, over: bool) -> None:
         self._limiter = limiter
         self._decisions = decisions
         self._held: list[Decision] = []
         self._gone = False
-        self._over = False
+        self._over = over
 
     @property
     def needed(self) -> bool:

@@ -269,7 +269,9 @@ class Limiter(Peeking, Reserving):
         `path` is decoded and below the application's root path; `outside_root` says that there is
         one and that the path does not begin with it.
         """
-        return self._table.match(method, path, outside_root=outside_root)
+        # Whichever instant a table is for, its routes are the policy's.
+        table = self._force.table or self._table
+        return table.match(method, path, outside_root=outside_root)
 
     async def take(
         self,

@@ -95,38 +95,30 @@ class TieredLimitMiddleware:
                 await self.app(scope, receive, send)
             return
 
-        limits = scope.get(STATE_KEY)
-        if isinstance(limits, RequestLimits) and limits.limiter is self.limiter:
-            # Another door of the same limiter has let it in: what it took counts here, too.
-            await self._pass(limits, scope, receive, send)
-            return
-        limits = self._limits(scope)
+        limits: Any = scope.get(STATE_KEY)
+        # Where another door of the same limiter has let it in, what it took counts here, too.
+        first = not isinstance(limits, RequestLimits) or limits.limiter is not self.limiter
+        if first:
+            limits = self._limits(scope)
         try:
-            await self._pass(limits, scope, receive, send)
-        finally:
-            limits.end()
-
-    async def _pass(
-        self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Charge a request, then pass it on with its limits, or answer it."""
-        if not self.limiter.ready and not await get_ready(self.limiter, "requests are"):
-            await unready(scope, receive, send)
-            return
-        metered = self._metered(scope)
-        if metered is not None:
-            answer = await self._charge(limits, scope, *metered)
-            if answer is not None:
-                await answer(scope, receive, send)
+            if not self.limiter.ready and not await get_ready(self.limiter, "requests are"):
+                await unready(scope, receive, send)
                 return
-
-        await self._run(limits, scope, receive, send)
+            metered = self._metered(scope)
+            if metered is not None and not limits.lets_in(*metered):
+                answer = await self._charge(limits, scope, *metered)
+                if answer is not None:
+                    await answer(scope, receive, send)
+                    return
+            await self._run(limits, scope, receive, send)
+        finally:
+            if first:
+                limits.end()
 
     async def _run(self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; show its limits on the way back, and see to its end."""
-        ending = limits.ending
         if self.limiter.refunds:
-            receive = ending.watch(receive)
+            receive = limits.see_to_end().watch(receive)
         answer = Answering(limits, scope, receive, send, self._denial, legacy=self._legacy_fields)
         try:
             await self.app(scope, receive, answer.send_with_limits)
@@ -136,7 +128,8 @@ class TieredLimitMiddleware:
             if answer.started:
                 raise
             if not limits.answers(exc):
-                await ending.failed(exc)
+                if limits.ending is not None:
+                    await limits.ending.failed(exc)
                 raise
             # Its status counts as any: what else was taken may be given back.
             if isinstance(exc, Denied):

@@ -32,7 +32,7 @@ class RequestLimits:
         limiter: What decides.
         decisions: What was decided so far, by feature.
         denied: True once the middleware answers with a denial, whose fields then stand.
-        ending: What is done at the end of the response.
+        ending: What is done at the end of the response, None where that is nothing so far.
         failure: What `identify` raised, which is not asked again; None where it has not.
         metered: The feature that the middleware has metered the request as, None if none.
         refusal: What `refuse` was told, None for nothing.
@@ -45,6 +45,7 @@ class RequestLimits:
         "_answer",
         "_asking",
         "_identify",
+        "_over",
         "_pending",
         "_scope",
         "decisions",
@@ -78,7 +79,14 @@ class RequestLimits:
         self._answer: Answer = None
         self._asking: asyncio.Lock | None = None
         self._pending: dict[str, asyncio.Task[Decision]] | None = None
-        self.ending: Ending = Ending(limiter, self.decisions)
+        self._over = False
+        self.ending: Ending | None = None
+
+    def see_to_end(self) -> Ending:
+        """Return what sees to the end of the response, from now on if nothing did."""
+        if self.ending is None:
+            self.ending = Ending(self.limiter, self.decisions, over=self._over)
+        return self.ending
 
     def end(self) -> None:
         """Let go of the request, which is over; what a task of its handler still takes counts.
@@ -86,7 +94,9 @@ class RequestLimits:
         A scope and we refer to each other: left so, each request would wait for the garbage
         collector, which under load stops the whole process for tens of milliseconds.
         """
-        self.ending.end()
+        self._over = True
+        if self.ending is not None:
+            self.ending.end()
         if self._account is not None:
             self._scope = {}
             return
@@ -209,9 +219,32 @@ class RequestLimits:
             decision = self.limiter.unmetered(feature, cost)
             if decision is None:
                 raise
+        return self._decided(decision)
+
+    def lets_in(self, feature: str, cost: int) -> bool:
+        """Say that the request may go on as metered, where that needs no waiting and no more care.
+
+        False is no denial: `take_first` has the last word, and repeats nothing that was asked here.
+        """
+        self.metered = feature
+        decision = self.decisions.get(feature)
+        if decision is None:
+            try:
+                account = self._account or self._account_now()
+                if account is not None:
+                    decision = self.limiter.take_now(account, feature, cost)
+            except Exception:  # noqa: BLE001 -- `take_first` meets the same
+                return False
+            if decision is None:
+                return False
+            self._decided(decision)
+        return decision.allowed
+
+    def _decided(self, decision: Decision) -> Decision:
+        """Keep what was decided, and see to its end where it has one."""
         self.decisions[decision.feature] = decision
         if decision.taken is not None:
-            self.ending.add(decision)
+            self.see_to_end().add(decision)
         return decision
 
     async def reserve(

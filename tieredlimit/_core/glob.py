@@ -13,7 +13,7 @@ class Glob:
     expression for `/{x:path}/b/{y:path}/c`, which takes quadratic time, and worse for more.
     """
 
-    __slots__ = ("_end", "_gap", "_middle", "_start", "crosses_segments")
+    __slots__ = ("_bare", "_end", "_gap", "_middle", "_start", "crosses_segments")
 
     def __init__(self, unit: str) -> None:
         # Between the texts of a chunk is a `{}`, between chunks a `{*}`.
@@ -25,9 +25,12 @@ class Glob:
         self._start, *self._middle, end = chunks
         # The end is looked for from the end: everything backwards.
         self._end = [text[::-1] for text in reversed(end)]
+        self._bare = unit in (PART, REST)
 
     def covers(self, text: str) -> bool:
         """Return whether the whole of `text` matches."""
+        if self._bare:
+            return len(text) >= self._gap
         at = _skip_start(self._start, text)
         left = 0 if self._end == [""] else _skip_start(self._end, text[::-1])
         if at < 0 or left < 0:

@@ -161,14 +161,13 @@ class _Node(Generic[T]):
                 node = node.texts.setdefault(unit, _Node())
         return node
 
-    def follow(
-        self, path: str, at: int, *, mounted: bool = False
-    ) -> Iterator[tuple[_Node[T], int]]:
-        """Yield where `path` leads from the segment at `at`, and on to where; least specific first.
+    def follow(self, path: str, at: int, *, mounted: bool = False) -> list[tuple[_Node[T], int]]:
+        """Return where `path` leads from the segment at `at`, and on to where.
 
-        Beyond the last segment is one more than the path's length. `mounted` is as for
-        `find_mounted`.
+        The least specific comes first. Beyond the last segment is one more than the path's length.
+        `mounted` is as for `find_mounted`.
         """
+        led: list[tuple[_Node[T], int]] = []
         end = path.find("/", at)
         if end < 0:
             end = len(path)
@@ -178,11 +177,12 @@ class _Node(Generic[T]):
             if glob.crosses_segments:
                 rests = _rests(path, at) if mounted else (path[at:],)
                 if any(glob.covers(one) or glob.covers(one.removesuffix("\n")) for one in rests):
-                    yield node, len(path) + 1
+                    led.append((node, len(path) + 1))
             elif glob.covers(segment) or (text != segment and glob.covers(text)):
-                yield node, end + 1
+                led.append((node, end + 1))
         if text in self.texts:
-            yield self.texts[text], end + 1
+            led.append((self.texts[text], end + 1))
+        return led
 
 
 def _rests(path: str, at: int) -> Iterator[str]:

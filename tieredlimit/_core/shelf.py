@@ -60,7 +60,10 @@ class Shelf:
         Raises:
             UsageError: An id cannot be stored.
         """
-        return subject_key(self.prefix, self.per, account, shard, self.name_of)
+        if shard or self.per is not None:
+            return subject_key(self.prefix, self.per, account, shard, self.name_of)
+        # Almost every one; as there.
+        return self.prefix + self.name_of(account.id, ADDRESS if account.anonymous else "")
 
     def packed_for(self, cost: int) -> bytes:
         """Return what a take of `cost` charges, as the store's script reads it."""

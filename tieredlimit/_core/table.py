@@ -79,6 +79,7 @@ class Table:
         since: The first instant for which it holds, in microseconds on the backend's clock.
         before: The first one after that for which it does not, None where there is none.
         refunds: Whether any feature gives back what failed requests were charged.
+        bounded: Whether there are instants for which it does not hold.
         timed: Whether a decision depends on the instant, other than by its buckets.
 
     Raises:
@@ -86,8 +87,9 @@ class Table:
     """
 
     __slots__ = (
-        *("_by_name", "_namespace", "_pers", "_stamps", "before", "match", "overrides", "policy"),
-        *("ranking", "refunds", "rows", "shards", "since", "standing", "timed", "_measured_pers"),
+        *("_by_name", "_measured_pers", "_namespace", "_pers", "_stamps", "before", "bounded"),
+        *("match", "overrides", "policy", "ranking", "refunds", "rows", "shards", "since"),
+        *("standing", "timed"),
     )
 
     def __init__(
@@ -128,7 +130,8 @@ class Table:
         self.before: int | None
         self.since, self.before = edges(overrides, now)
         asks_age = any(when.asks_age for when in whens if when is not None)
-        self.timed: bool = asks_age or cells.personal or self.since > 0 or self.before is not None
+        self.bounded: bool = self.since > 0 or self.before is not None
+        self.timed: bool = asks_age or cells.personal or self.bounded
         self._stamps: dict[int, Stamp] = {}
 
     def holds(self, now: int) -> bool:
