@@ -232,6 +232,7 @@ def test_zero_tells_every_message_and_the_fields() -> None:
         "          fr: La vidéo n'est pas encore ouverte aux nouveaux comptes. Les images le sont.",
         "          content-type: application/problem+json",
         "          cache-control: no-store",
+        "          content-language: en",
         "          vary: accept-language",
         '          ratelimit-policy: "video";q=0',
         '          ratelimit: "video";r=0',

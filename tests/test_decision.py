@@ -278,10 +278,24 @@ class TestMessages:
         assert problem["detail"] == "Nope."
         assert "content-language" not in fields
 
-    async def test_one_second_is_singular(self) -> None:
-        decision = await decide("1/second", 1, 1)
+    @pytest.mark.parametrize(
+        ("seconds", "words"),
+        [
+            (1, "1 second"),
+            (60, "1 minute"),
+            (119, "1 minute 59 seconds"),
+            (121, "3 minutes"),
+            (5_184, "1 hour 27 minutes"),
+            (86_399, "1 day"),
+            (90_001, "1 day 2 hours"),
+        ],
+    )
+    async def test_time_to_wait_is_said_as_people_say_it_and_never_too_short(
+        self, seconds: int, words: str
+    ) -> None:
+        decision = await decide(f"1/{seconds} seconds", 1, 1)
 
-        assert decision.message() == "The quota for image is used up. Try again in 1 second."
+        assert decision.message() == f"The quota for image is used up. Try again in {words}."
 
     async def test_what_is_allowed_has_no_message(self) -> None:
         assert (await decide("1/second", 1)).message() == ""

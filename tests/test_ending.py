@@ -725,7 +725,7 @@ class TestDenials:
         assert not {"ratelimit", "ratelimit-policy"} & answer.headers.keys()
         assert (problem["type"], problem["reason"]) == (REDUCED, "pool")
         assert (problem["violated-policies"], problem["retry_after"]) == ([], 60)
-        assert problem["detail"] == "video is busy right now. Try again in 60 seconds."
+        assert problem["detail"] == "video is busy right now. Try again in 1 minute."
         assert await left(limiter) == 10
 
     async def test_pool_has_no_slot_left(self) -> None:

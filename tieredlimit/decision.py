@@ -49,6 +49,11 @@ STATUSES: Mapping[Reason, int] = {
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+_UNITS = (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1))
+
+# What `json.dumps` makes anew at each call.
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
 _TYPES = "https://iana.org/assignments/http-problem-types#"
 _EXCEEDED = (
     f"{_TYPES}quota-exceeded",
@@ -220,10 +225,8 @@ class Decision(NamedTuple):
             return fields_of_debts(
                 self.policy or policy_field(self.limits), self.limits, self.debts
             )
-        if self.reason == "zero":
-            return zero_fields([self.feature])
-        shown = self.quotas if self.allowed else [quota for quota in self.quotas if quota.denies]
-        return rate_limit_fields(shown) + (legacy_fields(shown) if legacy else [])
+        shown = self.quotas
+        return _fields_of(self, shown if self.allowed else _denying(shown), legacy=legacy)
 
     def _state(self, quota: Quota, debt: int | None) -> QuotaState:
         never_fits = self.cost > quota.capacity
@@ -279,8 +282,22 @@ class Decision(NamedTuple):
     def _until(self) -> str:
         if self.retry_after is None:
             return ""
-        seconds = whole_seconds(round(self.retry_after * SECOND_US))
-        return f" Try again in {seconds} second{'' if seconds == 1 else 's'}."
+        return f" Try again in {_spell_wait(whole_seconds(round(self.retry_after * SECOND_US)))}."
+
+
+def _spell_wait(seconds: int) -> str:
+    """Return seconds as people say them: from two minutes on in minutes, from a day on in hours.
+
+    Rounded up: never a moment too early.
+    """
+    least = 1 if seconds < 120 else 60 if seconds < 86_400 else 3_600
+    left = -(-seconds // least) * least
+    told = []
+    for unit, length in _UNITS:
+        count, left = divmod(left, length)
+        if count:
+            told.append(f"{count} {unit}{'' if count == 1 else 's'}")
+    return " ".join(told)
 
 
 class Denial(Response):
@@ -296,14 +313,18 @@ class Denial(Response):
         self._retry_after: int | None = None
         if decision.retry_after is not None:
             self._retry_after = whole_seconds(round(decision.retry_after * SECOND_US))
+        self._denying = _denying(decision.quotas)
         self.status_code = status
-        super().__init__(self.document()[1], status)
+        language, body = self.document()
+        super().__init__(body, status)
         self.raw_headers.append((b"cache-control", b"no-store"))
+        if language:
+            self.raw_headers.append((b"content-language", language.encode()))
         if self._retry_after is not None:
             self.raw_headers.append((b"retry-after", b"%d" % self._retry_after))
         if len(decision.cell.messages) > 1:
             self.raw_headers.append((b"vary", b"accept-language"))
-        self.raw_headers += decision.fields(legacy=legacy)
+        self.raw_headers += _fields_of(decision, self._denying, legacy=legacy)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, in a language that the request accepts."""
@@ -313,11 +334,12 @@ class Denial(Response):
             # Closing before accepting is all that is left: servers turn it into a plain 403.
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
             return
-        language, body = self.document(_accept_language(scope))
-        self.body: bytes = body
-        self.headers["content-length"] = str(len(self.body))
-        if language:
-            self.headers["content-language"] = language
+        if len(self.decision.cell.messages) > 1:
+            language, body = self.document(_accept_language(scope))
+            self.body: bytes = body
+            self.headers["content-length"] = str(len(self.body))
+            if language:
+                self.headers["content-language"] = language
         await super().__call__(scope, receive, send)
 
     def document(self, accept_language: str | None = None) -> tuple[str, bytes]:
@@ -325,7 +347,7 @@ class Denial(Response):
         decision = self.decision
         language, detail = decision._message(accept_language)  # noqa: SLF001 -- its other half
         kind, title = _PROBLEMS.get(decision.reason, _REDUCED)
-        violated = [quota.name for quota in decision.quotas if quota.denies]
+        violated = [quota.name for quota in self._denying]
         violated += [one.name for one in decision.slots if one.denies and not one.pool]
         problem = {
             "type": kind,
@@ -338,7 +360,17 @@ class Denial(Response):
             "tier": decision.tier,
             "retry_after": self._retry_after,
         }
-        return language, json.dumps(problem, ensure_ascii=False).encode()
+        return language, _to_json(problem).encode()
+
+
+def _denying(quotas: Sequence[QuotaState]) -> list[QuotaState]:
+    return [quota for quota in quotas if quota.denies]
+
+
+def _fields_of(decision: Decision, shown: Sequence[QuotaState], *, legacy: bool) -> list[Field]:
+    if decision.reason == "zero":
+        return zero_fields([decision.feature])
+    return rate_limit_fields(shown) + (legacy_fields(shown) if legacy else [])
 
 
 def _accept_language(scope: Scope) -> str | None:
