@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from benchmarks.measure import (
     take_turns,
 )
 from benchmarks.policies import KEPT, POLICY, SEED, TIMEOUT, account, drawn
-from tests.servers import NoServerError, RedisServer
+from benchmarks.stores import redis_server
 from tieredlimit import Account, Limiter
 from tieredlimit.backends import MemoryBackend, RedisBackend
 
@@ -56,11 +55,7 @@ class Cell:
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("accounts", __doc__, seconds=0.3, rounds=5, accounts=1_000_000)
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server:
+    with redis_server() as server:
         result, runs = run(
             measure(server.url, options.seconds, options.rounds, options.accounts),
             uvloop=options.uvloop,

@@ -11,7 +11,6 @@ has seen: what something else on the machine took from Redis is in there too.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from benchmarks.measure import (
     take_turns,
 )
 from benchmarks.policies import DAY, MINUTE, SCRIPT, account, charges_of, commands_for
-from tests.servers import NoServerError, RedisServer
+from benchmarks.stores import redis_server
 from tieredlimit import Account
 from tieredlimit.backends.call import MAX_DECISIONS, MAX_KEYS
 
@@ -97,12 +96,9 @@ SHAPES = tuple(
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("call_length", __doc__, calls=100, rounds=5)
-    try:
-        # Not all: what a script calls would be logged one by one, and slow it down.
-        server = RedisServer("--slowlog-log-slower-than", "100", "--slowlog-max-len", "100000")
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server, redis_py.Redis(port=server.port) as client:
+    # Not all: what a script calls would be logged one by one, and slow it down.
+    slow = ("--slowlog-log-slower-than", "100", "--slowlog-max-len", "100000")
+    with redis_server(*slow) as server, redis_py.Redis(port=server.port) as client:
         result, runs = run(measure(client, options.calls, options.rounds), uvloop=options.uvloop)
     finish(
         options, "call_length", __doc__, result, _table(result["rows"]),

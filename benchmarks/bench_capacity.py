@@ -18,18 +18,14 @@ turns, round after round, and the medians of the rounds are shown:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 from benchmarks.measure import (
     Bar,
     Chart,
-    Run,
     Target,
     arguments,
     counted,
@@ -42,10 +38,10 @@ from benchmarks.measure import (
     table,
     take_turns,
 )
-from benchmarks.policies import DAY, MINUTE, SEED, TIMEOUT, drawn, script_calls
-from tests.servers import NoServerError, RedisServer
+from benchmarks.policies import DAY, MINUTE, SEED, drawn, script_calls
+from benchmarks.stores import Asked, limiters, redis_server, told
+from tests.servers import RedisServer
 from tieredlimit import Account, Limiter
-from tieredlimit.backends import MemoryBackend, RedisBackend
 
 ACCOUNTS = 100_000
 CALLERS = (1, 64)
@@ -83,14 +79,6 @@ class Cell:
     asks: str
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Hold one round of takes, and the calls that reached Redis in it."""
-
-    run: Run
-    calls: int
-
-
 Runs = Mapping[Cell, Sequence[Asked]]
 Operation = Callable[[Account], Awaitable[bool]]
 
@@ -98,11 +86,7 @@ Operation = Callable[[Account], Awaitable[bool]]
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("capacity", __doc__, seconds=0.3, rounds=5)
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server:
+    with redis_server() as server:
         result, runs = run(measure(server, options.seconds, options.rounds), uvloop=options.uvloop)
     finish(
         options, "capacity", __doc__, result, _table(result["rows"]),
@@ -117,13 +101,8 @@ async def measure(
     before = environment()
     contenders: dict[Cell, Callable[[], Awaitable[Asked]]] = {}
     accounts = drawn(ACCOUNTS, 2 * ACCOUNTS)
-    async with AsyncExitStack() as stack:
-        limiters = {
-            "memory": Limiter(POLICY, MemoryBackend()),
-            "redis": Limiter(POLICY, RedisBackend.from_url(server.url, timeout=TIMEOUT)),
-        }
-        for store, limiter in limiters.items():
-            await stack.enter_async_context(limiter)
+    async with limiters(POLICY, server) as opened:
+        for store, limiter in opened.items():
             for callers in CALLERS:
                 for asks, operation in _operations(limiter).items():
                     contenders[Cell(store, callers, asks)] = partial(
@@ -136,10 +115,8 @@ async def measure(
         "rows": [
             {
                 **asdict(cell),
-                **asdict(middle([one.run for one in asked])),
+                **told(asked),
                 "vs_base": _share(runs, cell),
-                "calls": median(one.calls for one in asked),
-                "rounds": [asdict(one) for one in asked],
             }
             for cell, asked in runs.items()
         ],

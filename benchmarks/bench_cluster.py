@@ -26,7 +26,6 @@ Peers that are not installed, or know no cluster, are left out, and named.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -56,8 +55,9 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import LIMIT, Operation, notes
 from benchmarks.policies import FEATURES, POLICY, SEED, TIMEOUT, drawn, script_calls
+from benchmarks.stores import redis_server
 from tests.clusters import RedisCluster
-from tests.servers import NoServerError, RedisServer
+from tests.servers import RedisServer
 from tieredlimit import Account, Limiter
 from tieredlimit.backends import ClusterBackend, RedisBackend
 
@@ -97,11 +97,7 @@ Runs = Mapping[Cell, Sequence[Asked]]
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("cluster", __doc__, seconds=0.3, rounds=5)
-    try:
-        server, cluster = RedisServer(), RedisCluster()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server, cluster:
+    with redis_server() as server, RedisCluster() as cluster:
         result, runs = run(
             measure(server, cluster, options.seconds, options.rounds), uvloop=options.uvloop
         )

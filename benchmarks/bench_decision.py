@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -67,7 +66,8 @@ from benchmarks.policies import (
     drawn,
     script_calls,
 )
-from tests.servers import NoServerError, RedisServer, find_server
+from benchmarks.stores import redis_server
+from tests.servers import RedisServer, find_server
 from tieredlimit import Account, Limiter
 from tieredlimit.backends import MemoryBackend, RedisBackend
 
@@ -94,11 +94,7 @@ Runs = Mapping[Cell, Sequence[Run]]
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("decision", __doc__, seconds=0.3, rounds=5)
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server:
+    with redis_server() as server:
         result, runs = run(measure(server, options.seconds, options.rounds), uvloop=options.uvloop)
     finish(
         options, "decision", __doc__, result, _table(result["rows"]),

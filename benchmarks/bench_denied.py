@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
-from statistics import median
 from typing import Any
 
 from benchmarks.measure import (
     Bar,
     Chart,
-    Run,
     Target,
     arguments,
     counted,
@@ -35,10 +32,10 @@ from benchmarks.measure import (
     table,
     take_turns,
 )
-from benchmarks.policies import POLICY, SEED, TIMEOUT, account, drawn, script_calls
-from tests.servers import NoServerError, RedisServer
+from benchmarks.policies import POLICY, SEED, account, drawn
+from benchmarks.stores import Asked, limiters, redis_server, told
+from tests.servers import RedisServer
 from tieredlimit import Account, Limiter
-from tieredlimit.backends import MemoryBackend, RedisBackend
 
 ACCOUNTS = 1_000
 CALLERS = (1, 64)
@@ -54,14 +51,6 @@ class Cell:
     outcome: str
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Hold one round of takes, and the calls that reached Redis in it."""
-
-    run: Run
-    calls: int
-
-
 Runs = Mapping[Cell, Sequence[Asked]]
 
 
@@ -70,11 +59,7 @@ def main() -> None:
     options = arguments("denied", __doc__, seconds=0.3, rounds=5)
     if options.seconds > _REMEMBERED_SECONDS:
         sys.exit(f"--seconds must be at most {_REMEMBERED_SECONDS}: a denial is forgotten after 1")
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server:
+    with redis_server() as server:
         result, runs = run(measure(server, options.seconds, options.rounds), uvloop=options.uvloop)
     finish(
         options, "denied", __doc__, result, _table(result["rows"]),
@@ -89,19 +74,14 @@ async def measure(
     before = environment()
     contenders: dict[Cell, Callable[[], Awaitable[Asked]]] = {}
     accounts, fresh = drawn(ACCOUNTS, 10 * ACCOUNTS), count(ACCOUNTS)
-    async with AsyncExitStack() as stack:
-        limiters = {
-            "memory": Limiter(POLICY, MemoryBackend()),
-            "redis": Limiter(POLICY, RedisBackend.from_url(server.url, timeout=TIMEOUT)),
-        }
-        for store, limiter in limiters.items():
-            await stack.enter_async_context(limiter)
+    async with limiters(POLICY, server) as opened:
+        for store, limiter in opened.items():
             for callers in CALLERS:
                 contenders[Cell(store, callers, "allowed")] = partial(
-                    _allowed, server, limiter, accounts, callers, seconds
+                    _allowed, limiter, accounts, callers, seconds
                 )
                 contenders[Cell(store, callers, "denied")] = partial(
-                    _denied, server, limiter, fresh, callers, seconds
+                    _denied, limiter, fresh, callers, seconds
                 )
         runs = await take_turns(contenders, rounds)
     result = {
@@ -110,10 +90,8 @@ async def measure(
         "rows": [
             {
                 **asdict(cell),
-                **asdict(middle([one.run for one in asked])),
+                **told(asked),
                 "vs_allowed": _share(runs, cell),
-                "calls": median(one.calls for one in asked),
-                "rounds": [asdict(one) for one in asked],
             }
             for cell, asked in runs.items()
         ],
@@ -122,32 +100,31 @@ async def measure(
 
 
 async def _allowed(
-    server: RedisServer,
-    limiter: Limiter,
-    accounts: Sequence[Account],
-    callers: int,
-    seconds: float,
+    limiter: Limiter, accounts: Sequence[Account], callers: int, seconds: float
 ) -> Asked:
     async def operation(account: Account) -> bool:
         return (await limiter.take(account, "video")).reason == "allowed"
 
-    before = script_calls(server)
+    before = _calls(limiter)
     measured = await drive(operation, accounts, callers, seconds, waits=True)
-    return Asked(measured, script_calls(server) - before)
+    return Asked(measured, _calls(limiter) - before)
 
 
-async def _denied(
-    server: RedisServer, limiter: Limiter, fresh: Iterator[int], callers: int, seconds: float
-) -> Asked:
+async def _denied(limiter: Limiter, fresh: Iterator[int], callers: int, seconds: float) -> Asked:
     async def operation(account: Account) -> bool:
         return (await limiter.take(account, "tight")).reason == "quota"
 
     hammering = account(next(fresh))
     if not (await limiter.take(hammering, "tight")).allowed or not await operation(hammering):
         raise RuntimeError("an account should have had one token")
-    before = script_calls(server)
+    before = _calls(limiter)
     measured = await drive(operation, [hammering], callers, seconds, waits=False)
-    return Asked(measured, script_calls(server) - before)
+    return Asked(measured, _calls(limiter) - before)
+
+
+def _calls(limiter: Limiter) -> int:
+    """Return the calls with decisions so far: the server also hears that this process lives."""
+    return limiter.call_stats.calls if limiter.call_stats is not None else 0
 
 
 def _share(runs: Runs, cell: Cell) -> float:

@@ -47,7 +47,7 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import notes
 from benchmarks.served import PATHS
-from tests.servers import NoServerError, RedisServer
+from benchmarks.stores import redis_server
 
 BARE = "bare"
 _START_SECONDS = 20.0
@@ -59,11 +59,7 @@ def main() -> None:
     missing = [name for name in ("uvicorn", "uvloop", "httptools") if find_spec(name) is None]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}")
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server:
+    with redis_server() as server:
         result, runs = run(
             measure(server.url, options.seconds, options.rounds, options.connections),
             uvloop=options.uvloop,

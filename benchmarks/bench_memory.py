@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
 import tracemalloc
 from collections.abc import Sequence
 from itertools import islice
@@ -25,7 +24,8 @@ import redis as redis_py
 
 from benchmarks.measure import Bar, Chart, Target, arguments, environment, finish, run, table
 from benchmarks.policies import KEPT, POLICY, TIMEOUT, account
-from tests.servers import NoServerError, RedisServer
+from benchmarks.stores import redis_server
+from tests.servers import RedisServer
 from tieredlimit import Limiter
 from tieredlimit.backends import MemoryBackend, RedisBackend
 
@@ -38,11 +38,7 @@ _LIFE_MS = 86_400_000
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("memory", __doc__, accounts=100_000)
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    with server:
+    with redis_server() as server:
         result = run(measure(server, options.accounts), uvloop=options.uvloop)
     rows = result["rows"]
     finish(

@@ -45,7 +45,8 @@ from benchmarks.measure import (
     table,
 )
 from benchmarks.policies import TIMEOUT
-from tests.servers import NoServerError, RedisServer
+from benchmarks.stores import redis_server
+from tests.servers import RedisServer
 from tieredlimit import Account, Limiter
 from tieredlimit.backends import MemoryBackend, RedisBackend
 
@@ -84,19 +85,15 @@ class Latencies:
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments("strangers", __doc__, **{"ids": 10_000_000, "in-redis": 1_000_000})
-    try:
-        server = RedisServer()
-    except NoServerError as exc:
-        sys.exit(str(exc))
-    rows = [
-        _apart(in_memory, who, feature, count, options.uvloop)
-        for who, feature, count in (
-            ("strangers", "kept", options.ids),
-            ("accounts", "kept", options.ids),
-            ("strangers", "refilling", max(1, options.ids // 10)),
-        )
-    ]
-    with server:
+    with redis_server() as server:
+        rows = [
+            _apart(in_memory, who, feature, count, options.uvloop)
+            for who, feature, count in (
+                ("strangers", "kept", options.ids),
+                ("accounts", "kept", options.ids),
+                ("strangers", "refilling", max(1, options.ids // 10)),
+            )
+        ]
         rows.append(run(in_redis(server, options.in_redis), uvloop=options.uvloop))
         told = run(_environment(), uvloop=options.uvloop)
     settings = {"ids": options.ids, "in_redis": options.in_redis}
