@@ -98,9 +98,10 @@ def closed(
 
 def denial_of(entry: Entry, cost: int, debts: Sequence[int]) -> Decision:
     """Return the denial of a cost by buckets as they stand."""
-    # A cost that never fits is denied before any bucket is asked: every wait is known here.
-    waits = (wait_us(quota, debt, cost) for quota, debt in zip(entry.quotas, debts, strict=True))
-    latest = max(wait or 0 for wait in waits)
+    latest = 0
+    # As `wait_us`: a cost that never fits was denied before any bucket was asked.
+    for quota, debt in zip(entry.quotas, debts, strict=True):
+        latest = max(latest, debt + cost * quota.interval_us - quota.reach_us)
     return Decision(False, "quota", entry.cell, cost, latest / SECOND_US, entry.quotas, debts)
 
 
