@@ -25,6 +25,13 @@ from tieredlimit._core.table import Table
 from tieredlimit.cli import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "policy.toml"
+SHADOWED = """
+[features.video]
+routes = ["POST /v1/videos"]
+[tiers.everyone]
+quotas.video = "20/day"
+shadow.video = "5/day"
+"""
 NOON = "2026-12-02T12:00:00Z"
 NOON_AT = datetime.fromisoformat(NOON)
 DAY = 86_400_000_000
@@ -480,3 +487,25 @@ def test_naive_time_is_utc() -> None:
 )
 def test_duration_is_told_in_two_units(duration_us: int, told: str) -> None:
     assert spell_about(duration_us) == told
+
+
+# --- Shadow
+
+
+def test_cell_in_shadow_is_told_beside_the_one_in_force(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(SHADOWED, "utf-8")
+
+    page = explain(policy, "POST", "/v1/videos")
+    cell = as_json(policy, "POST", "/v1/videos")["cell"]
+
+    assert "shadow    5/day: measured beside it on buckets of its own, never enforced" in page
+    assert (cell["text"], cell["shadow"]) == ("20/day", "5/day")
+
+
+def test_nothing_is_said_of_shadow_where_there_is_none() -> None:
+    page = explain(EXAMPLE, "--plan", "free", "POST", "/v1/videos")
+    cell = as_json(EXAMPLE, "--plan", "free", "POST", "/v1/videos")["cell"]
+
+    assert not any(line.startswith("shadow") for line in page)
+    assert cell["shadow"] is None

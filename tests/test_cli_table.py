@@ -233,3 +233,35 @@ def test_on_a_terminal_its_width_counts_and_zero_has_a_colour() -> None:
     os.close(terminal)
     assert "\x1b[31m0\x1b[0m" in shown
     assert click.unstyle(shown).split() == run(EXAMPLE).stdout.split()
+
+
+def test_cells_in_shadow_follow_below(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        """
+        order = ["free", "everyone"]
+        [features.image]
+        routes = ["POST /v1/images"]
+        [features.video]
+        routes = ["POST /v1/videos"]
+        [defaults]
+        quotas = { image = "2/minute", video = 0 }
+        shadow.image = ["10/minute", "200/day"]
+        [tiers.free]
+        when = { plan = "free" }
+        shadow.video = "5/day"
+        [tiers.everyone]
+        """,
+        "utf-8",
+    )
+
+    _, below = run(policy, "--tier", "free").stdout.split("\n\n")
+    cells = json.loads(run(policy, "--json").stdout)["cells"]
+
+    assert below.splitlines() == [
+        "tier  feature  in shadow: measured, not enforced",
+        "free  image    10/minute + 200/day",
+        "free  video    5/day",
+    ]
+    assert cells["free"]["video"]["shadow"] == "5/day"
+    assert cells["everyone"]["video"]["shadow"] is None

@@ -19,7 +19,7 @@ from tieredlimit._core.explanation import (
 )
 from tieredlimit._core.quota import Quota
 from tieredlimit._core.rate import SECOND_US, spell_duration, spell_instant
-from tieredlimit._core.tier import Feature
+from tieredlimit._core.tier import Cell, Feature
 from tieredlimit.cli.checks import spell_share
 from tieredlimit.cli.inforce import Ruling
 from tieredlimit.cli.requests import Request
@@ -92,6 +92,7 @@ def page(explanation: Explanation) -> Iterator[str]:
     standing = explanation.standing
     yield from _section("pool", list(pool_paragraphs(standing)))
     yield from _section("slots", slot_paragraphs(standing))
+    yield from _section("shadow", _shadow(decision.cell))
     answer = _answer(decision, standing)
     yield from _section("answer", [answer], "green" if decision.allowed else "red")
     if not decision.allowed:
@@ -154,6 +155,13 @@ def _charged(quota: Quota, account: Account) -> str:
     if subject is None:
         return f"{itself} alone, since it is within no {quota.per}"
     return f"{quota.per} {subject}"
+
+
+def _shadow(cell: Cell) -> list[str]:
+    if cell.shadow is None:
+        return []
+    text = " ".join(cell.shadow.spell().split())
+    return [f"{text}: measured beside it on buckets of its own, never enforced"]
 
 
 def _limited(explanation: Explanation) -> bool:
@@ -313,6 +321,7 @@ def document(explanation: Explanation) -> dict[str, object]:
                 for quota in decision.cell.quotas
             ],
             "messages": dict(decision.cell.messages),
+            "shadow": decision.cell.shadow and decision.cell.shadow.spell(),
         },
         **standing_document(explanation.standing),
         "refund_on": sorted(explanation.feature.refund_on),

@@ -14,6 +14,7 @@ from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import did_you_mean
 from tieredlimit.cli import policies as policy_files
 from tieredlimit.cli import pools as pool_lines
+from tieredlimit.cli.grid import grid as grid_lines
 from tieredlimit.cli.session import NAMED, REDIS, Failure, Place, place_of, run, session
 from tieredlimit.cli.terminal import display_width, echo_json, pad, printable, width
 from tieredlimit.errors import TieredLimitError
@@ -48,7 +49,7 @@ def command(
 
     Tiers stand in the order in which they are tried: the first that matches wins. "10/day cap 2"
     refills at 10 a day and holds 2 at most; "+" joins quotas that must all allow; "per org" is
-    charged to the account's org.
+    charged to the account's org. Cells in shadow, which are only measured, follow below.
 
     Where a Redis is named, and POLICY has pools: how these stand there now.
     """
@@ -71,7 +72,10 @@ def command(
         }
         for line in lines(grid, columns, width()):
             click.echo(line)
-        for line in pool_lines.lines(policy, columns, rows, known):
+        for line in (
+            *_shadows(policy, rows, columns),
+            *pool_lines.lines(policy, columns, rows, known),
+        ):
             click.echo(line)
     for note in notes:
         click.echo(printable(note), err=True)
@@ -183,6 +187,19 @@ def _block(tiers: Sequence[str], columns: Sequence[_Column], margin: int) -> Ite
             yield _GAP.join(parts).rstrip()
 
 
+def _shadows(policy: Policy, tiers: Sequence[str], features: Sequence[str]) -> Iterator[str]:
+    """Yield the lines on cells in shadow, none where there are none."""
+    cells = [policy.cell(tier, feature) for tier in tiers for feature in features]
+    rows = [
+        (cell.tier, cell.feature, _spelled(cell.shadow.spell()))
+        for cell in cells
+        if cell.shadow is not None
+    ]
+    if rows:
+        yield ""
+        yield from grid_lines((_CORNER, "feature", "in shadow: measured, not enforced"), rows)
+
+
 def _listing(grid: _Grid, columns: int) -> Iterator[str]:
     margin = max(display_width(feature) for row in grid.values() for feature in row)
     room = columns - margin - 2 * len(_GAP)
@@ -241,6 +258,7 @@ def _document(policy: Policy, tiers: Sequence[str], features: Sequence[str]) -> 
                 "unlimited": cell.unlimited,
                 "quotas": [quota_document(quota) for quota in cell.quotas],
                 "messages": dict(cell.messages),
+                "shadow": None if cell.shadow is None else cell.shadow.spell(),
             }
     return {"tiers": list(tiers), "features": list(features), "cells": cells}
 
