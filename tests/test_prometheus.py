@@ -88,7 +88,8 @@ def test_scrape_shows_all_that_was_counted_until_then() -> None:
         video.shadow_allowed += 5
         video.shadow_denied += 3
         worker.call_stats.observe(0.0004, 3)
-        worker.call_stats.observe(2.0, 1, failed=True)
+        worker.call_stats.observe(2.0, 1)
+        worker.call_stats.failures += 1
         worker.revision = (18, "1b2c")
         worker.unknown_plans += 7
         worker.unknown_ages += 8

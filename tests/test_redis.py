@@ -782,6 +782,22 @@ class TestStats:
         assert (stats.decisions, stats.failures) == (51, 1)
         assert stats.calls == sum(stats.by_seconds) == sum(stats.by_decisions) < 51
         assert stats.seconds_sum > 0
+
+    @pytest.mark.parametrize("trouble", ["kill", "pause"])
+    async def test_server_that_does_not_answer_is_counted_as_failing(
+        self, own_server: RedisServer, trouble: str
+    ) -> None:
+        backend = RedisBackend.from_url(own_server.url, timeout=0.05)
+        image = [charge(shelf(quota("500/hour")))]
+        await recovered(backend, image)
+        before = backend.call_stats.failures
+        getattr(own_server, trouble)()
+
+        for _ in range(2):
+            with pytest.raises(BackendError):
+                await backend.take(image)
+
+        assert backend.call_stats.failures >= before + 2
         await backend.close()
 
 

@@ -209,7 +209,8 @@ class CallStats:
     Attributes:
         calls: Calls that have ended, well or not.
         decisions: Decisions that they carried.
-        failures: Those of the calls that failed.
+        failures: Failures of the store, as its breaker counts them: calls that were refused or
+            broke off, decisions that got no answer in time, connections that could not be made.
         seconds_sum: How long they took together.
         by_seconds: How many fell into each bound of `CALL_SECONDS`, and last those above.
         by_decisions: The same for `CALL_DECISIONS`.
@@ -225,15 +226,13 @@ class CallStats:
         self.by_seconds: list[int] = [0] * (len(CALL_SECONDS) + 1)
         self.by_decisions: list[int] = [0] * (len(CALL_DECISIONS) + 1)
 
-    def observe(self, seconds: float, decisions: int, *, failed: bool = False) -> None:
+    def observe(self, seconds: float, decisions: int) -> None:
         """Count one call that has ended: how long it took and how many decisions it carried."""
         self.calls += 1
         self.decisions += decisions
         self.seconds_sum += seconds
         self.by_seconds[bisect_left(CALL_SECONDS, seconds)] += 1
         self.by_decisions[bisect_left(CALL_DECISIONS, decisions)] += 1
-        if failed:
-            self.failures += 1
 
     def snapshot(self) -> dict[str, int | float]:
         """Return the sums, ready for JSON."""

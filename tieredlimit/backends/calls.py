@@ -244,6 +244,7 @@ class Calls:
 
     def failed(self, why: str, latest: Sequence[Waiting] = (), times: int = 1) -> None:
         """Count failures; where they are too many, nobody else has to wait."""
+        self.stats.failures += times
         for one in latest:
             self._probe_tag = tag_of(one.charges, one.stamp) or _PROBE_TAG
         if self.breaker.failed(why, times):

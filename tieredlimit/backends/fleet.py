@@ -282,6 +282,7 @@ class Fleet:
 
     def late(self, why: str) -> None:
         """Count a decision that failed because the slots are not known."""
+        self.backend.call_stats.failures += 1
         if self.breaker.failed(why) and not self._closed:
             _log.warning("tieredlimit: the Redis Cluster is not asked any more: %s", why)
             if self._opening is None:

@@ -348,8 +348,7 @@ class Link:
                 continue  # this was the reply to ASKING; the call's own is next
             _, sent_at = self._sent.popleft()
             self._flights -= call.lands
-            refused = isinstance(reply, Refusal)
-            self.calls.stats.observe(now - sent_at, len(call.decisions), failed=refused)
+            self.calls.stats.observe(now - sent_at, len(call.decisions))
             if call.measured:
                 self._measures = False
             wrong = self.calls.answer(call, reply)
@@ -377,7 +376,7 @@ class Link:
         why = str(cause) or type(cause).__name__
         now = asyncio.get_running_loop().time() if sent else 0.0
         for call, sent_at in sent:
-            self.calls.stats.observe(now - sent_at, len(call.decisions), failed=True)
+            self.calls.stats.observe(now - sent_at, len(call.decisions))
             self.calls.fail(call, f"the connection to Redis broke: {why}", cause)
         if self.calls.waiting:
             self.pump()

@@ -142,7 +142,7 @@ class PrometheusCollector:
             labels=label,
         )
         failures = CounterMetricFamily(
-            "tieredlimit_call_failures", "Calls to the backend that failed.", labels=label
+            "tieredlimit_call_failures", "Failures of the backend.", labels=label
         )
         revision = GaugeMetricFamily(
             "tieredlimit_revision",
