@@ -25,6 +25,7 @@ LEASED: dict[str, Any] = {
         "all": {"quotas": {"video": {"rate": "60/hour", "concurrency": 1, "lease": "10 minutes"}}}
     },
 }
+UNROUTED = {**LEASED, "features": {"video": {}}}
 
 
 def code() -> Iterator[dict[str, Any]]:
@@ -72,7 +73,7 @@ async def test_pool_of_the_picture_keeps_pro_whole_and_starves_the_others() -> N
 
 
 async def test_slot_that_a_handler_of_the_page_detaches_is_kept_and_given_back_by_its_job() -> None:
-    handler, job, _ = code()
+    handler, job, *_ = code()
     async with Limiter(LEASED) as limiter:
         app = Starlette(routes=[Route("/v1/videos", handler["render"], methods=["POST"])])
         metered = TieredLimitMiddleware(app, limiter=limiter, identify=lambda _: Account("u1"))
@@ -91,8 +92,25 @@ async def test_slot_that_a_handler_of_the_page_detaches_is_kept_and_given_back_b
 
 
 async def test_reservation_of_the_page_costs_what_it_took() -> None:
-    *_, reserving = code()
+    reserving = next(block for block in code() if "generate" in block)
     async with Limiter(LEASED) as limiter:
         await reserving["generate"](limiter, "a cat")
 
         assert (await limiter.peek(Account("u1"), "video")).remaining == 60 - 12
+
+
+async def test_job_of_the_page_that_has_one_token_gives_back_its_slot_and_settles() -> None:
+    both = next(block for block in code() if "order" in block)
+    async with Limiter(UNROUTED) as limiter:
+        app = Starlette(routes=[Route("/v1/videos", both["order"], methods=["POST"])])
+        app.add_middleware(TieredLimitMiddleware, limiter=limiter, identify=lambda _: Account("u1"))
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+        async with client:
+            token = (await client.post("/v1/videos")).json()["job"]
+            while_it_waits = await client.post("/v1/videos")
+            await both["work"](limiter, token)
+
+        afterwards = await limiter.peek(Account("u1"), "video")
+
+    assert while_it_waits.json()["reason"] == "concurrency"
+    assert (afterwards.remaining, [slot.held for slot in afterwards.slots]) == (60 - 12, [0])

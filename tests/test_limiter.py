@@ -16,6 +16,7 @@ from tests.servers import Monitor
 from tieredlimit import Account, BackendError, Limiter, Policy, PolicyError, UsageError
 from tieredlimit.backends import MemoryBackend, RedisBackend
 from tieredlimit.limiter import Complaints
+from tieredlimit.testing import RecordingObserver
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -654,6 +655,15 @@ class TestFromEnv:
 
         assert isinstance(limiter.backend, MemoryBackend)
         assert limiter.enabled
+
+    async def test_observers_come_from_the_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TIEREDLIMIT_POLICY", str(EXAMPLE))
+        decisions = RecordingObserver()
+
+        limiter = Limiter.from_env(observers=[decisions])
+        await limiter.take(Account("u1"), "image")
+
+        assert [decided.decision.feature for decided in decisions.decisions] == ["image"]
 
     def test_what_is_wrong_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match="TIEREDLIMIT_POLICY must name a policy file"):

@@ -21,6 +21,7 @@ from tieredlimit._core.tally import hashed_id
 from tieredlimit.observe import LoggingObserver, Observer, Observers
 
 DOCUMENTED = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text("utf-8")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "policy.toml"
 ANN = Account("ann")
 CELL = Limiter(
     {"features": {"video": {}}, "tiers": {"new": {"quotas": {"video": "5/minute"}}}}
@@ -365,6 +366,24 @@ class TestDocumentation:
         observer.on_revision(18, "1b2c")
 
         assert [json.loads(line) for line in shown.splitlines()] == lines.events
+
+    async def test_limiter_shown_logs_its_denials(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        block = DOCUMENTED.partition("## Logs")[2].partition("```python\n")[2].partition("```")[0]
+        (tmp_path / "policy.toml").write_text(EXAMPLE.read_text("utf-8"), "utf-8")
+        monkeypatch.chdir(tmp_path)
+        caplog.set_level("INFO", "tieredlimit.events")
+        namespace: dict[str, Any] = {}
+
+        exec(compile(block, "metrics.md", "exec"), namespace)
+        await namespace["limiter"].take(Account("u1", plan="free"), "video")
+
+        (record,) = caplog.records
+        assert json.loads(record.message)["reason"] == "zero"
 
     def test_observer_shown_is_one(self) -> None:
         block = DOCUMENTED.rpartition("```python\n")[2].partition("```")[0]

@@ -137,8 +137,8 @@ class Limiter(Peeking, Reserving):
         self._ask_at(backend, holds_of(backend))
 
     @classmethod
-    def from_env(cls) -> Self:
-        """Build a limiter from the environment.
+    def from_env(cls, *, observers: Iterable[Observer] = ()) -> Self:
+        """Build a limiter from the environment, shown to these observers.
 
         `TIEREDLIMIT_POLICY` names the policy file, or several joined by the system's path
         separator, each laid over the ones before; `stored` is the one that was pushed.
@@ -151,7 +151,7 @@ class Limiter(Peeking, Reserving):
             PolicyError: The policy has faults.
             UsageError: A variable is missing or cannot be used.
         """
-        return cls(**from_environment())
+        return cls(**from_environment(), observers=observers)
 
     @property
     def policy(self) -> Policy:
