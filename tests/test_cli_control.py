@@ -118,13 +118,17 @@ class Workers:
 
 
 def run(
-    workers: Workers, *words: object, typed: str | None = None, namespaced: bool = True
+    workers: Workers,
+    *words: object,
+    typed: str | None = None,
+    namespaced: bool = True,
+    policy: str = str(EXAMPLE),
 ) -> Result:
     """Run a command as a script would; with `typed`, as somebody at a terminal."""
     env = {
         "TIEREDLIMIT_REDIS": workers.url,
         "TIEREDLIMIT_NAMESPACE": TEAM if namespaced else None,
-        "TIEREDLIMIT_POLICY": str(EXAMPLE),
+        "TIEREDLIMIT_POLICY": policy,
         "COLUMNS": "300",
     }
     return CliRunner().invoke(

@@ -50,6 +50,18 @@ def test_push_says_what_changes_and_stores_it(workers: Workers, more: Path) -> N
     assert Policy.from_dict(head.base or {}).cell("free", "image").spell() == "30/minute"
 
 
+def test_push_works_where_the_environment_says_stored_as_it_does_for_workers(
+    workers: Workers, more: Path
+) -> None:
+    early = run(workers, "policy", "show", policy="stored")
+    pushed = run(workers, "policy", "push", more, "--yes", policy="stored")
+    closed = run(workers, "close", "image", "--all", "--yes", policy="stored")
+
+    assert early.exit_code == 1
+    assert f'no policy is stored in "{TEAM}", and no file is named' in early.stderr
+    assert (pushed.exit_code, closed.exit_code) == (0, 0)
+
+
 def test_push_says_how_many_tokens_it_hands_out(workers: Workers, tmp_path: Path) -> None:
     push(workers, EXAMPLE)
     longer = tmp_path / "longer.toml"

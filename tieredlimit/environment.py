@@ -10,6 +10,8 @@ from tieredlimit.errors import UsageError
 from tieredlimit.inforce import stored
 
 DEFAULT_NAMESPACE = "default"
+STORED = "stored"
+"""What stands in the place of policy files for the policy that was pushed."""
 
 _SWITCH = {
     "1": True, "true": True, "yes": True, "on": True,
@@ -25,8 +27,8 @@ def from_environment() -> dict[str, Any]:
         UsageError: A variable is missing or cannot be used.
     """
     named = os.environ.get("TIEREDLIMIT_POLICY", "")
-    paths = [] if named == "stored" else [path for path in named.split(os.pathsep) if path]
-    if not paths and named != "stored":
+    paths = [] if named == STORED else [path for path in named.split(os.pathsep) if path]
+    if not paths and named != STORED:
         raise UsageError("TIEREDLIMIT_POLICY must name a policy file, and is not set")
     switch = os.environ.get("TIEREDLIMIT_ENABLED") or "1"
     if switch.lower() not in _SWITCH:

@@ -26,6 +26,7 @@ from tieredlimit.backends.redis_control import TIMEOUT, RedisControl
 from tieredlimit.cli import policies as policy_files
 from tieredlimit.cli.pace import Pace, pace_of
 from tieredlimit.cli.terminal import printable
+from tieredlimit.environment import STORED
 from tieredlimit.errors import PolicyError, TieredLimitError, UsageError
 
 P = ParamSpec("P")
@@ -171,7 +172,8 @@ def place_of(ctx: click.Context, url: str | None, namespace: str, paths: tuple[s
     suffix = f" --namespace {namespace}" if typed["namespace"] else ""
     if typed["url"] and "@" not in url and "password" not in url:
         suffix += f" --redis {url}"
-    return Place(url, namespace, typed["namespace"], paths, suffix, pace_of(ctx))
+    files = () if paths == (STORED,) else paths
+    return Place(url, namespace, typed["namespace"], files, suffix, pace_of(ctx))
 
 
 def check_namespace(namespace: str) -> None:
