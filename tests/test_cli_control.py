@@ -305,6 +305,44 @@ def test_undo_brings_the_previous_content_back_under_a_new_number(workers: Worke
         (1, 1),
     ]
     assert history[1]["change"] == "undo revision 2: close image for everyone"
+    assert history[0]["change"] == "go back to revision 0, from revision 3"
+
+
+def test_undo_shows_first_what_it_brings_back(workers: Workers) -> None:
+    run(workers, "close", "video", "--tier", "free", "--yes", "--message", "Later.")
+    run(workers, "open", "video", "--tier", "free", "--yes")
+
+    told = run(workers, "undo", "--dry-run").stdout
+
+    assert "undo revision 2: open video for tier free" in told
+    assert "brings back close-1: video closed for tier free\n" in told
+    assert "message" not in told
+
+
+def test_undo_shows_first_which_policy_it_brings_back(workers: Workers, tmp_path: Path) -> None:
+    more = tmp_path / "more.toml"
+    more.write_text(EXAMPLE.read_text("utf-8").replace("20/minute", "30/minute"), "utf-8")
+    run(workers, "policy", "push", EXAMPLE, "--yes")
+    run(workers, "policy", "push", more, "--yes")
+
+    told = run(workers, "undo", "--dry-run").stdout
+    to_files = run(workers, "undo", "--to", "0", "--dry-run").stdout
+
+    assert "tiers.free.quotas.image: 30/minute -> 20/minute" in told
+    assert "workers go back to the file that each of them has" in to_files
+
+
+def test_override_that_is_replaced_later_is_not_said_to_end(workers: Workers) -> None:
+    run(workers, "close", "video", "--tier", "free", "--yes")
+    later = ["set", "video", "2/day", "--tier", "free", "--from", "2100-01-01T00:00:00Z", "--yes"]
+
+    told = run(workers, *later).stdout
+    back = run(workers, "undo", "--dry-run").stdout
+
+    closed = "moves the end of close-1: video closed for tier free, until"
+    assert f"{closed} 2100-01-01T00:00:00Z\n" in told
+    assert f"{closed} further notice\n" in back
+    assert "ends close-1" not in told + back
 
 
 @pytest.mark.redis

@@ -180,7 +180,9 @@ def undo(revision: Revision, previous: Revision, *, now: int, actor: str = "") -
     if previous.number >= revision.number:
         raise UsageError(f"revision {previous.number} is not before revision {revision.number}")
     change = f"undo revision {revision.number}"
-    if revision.change:
+    if previous.number < revision.number - 1:
+        change = f"go back to revision {previous.number}, from revision {revision.number}"
+    elif revision.change:
         change = f"{change}: {revision.change}"
     return next_revision(
         revision, previous.base, previous.overrides, now=now, actor=actor, reason="", change=change

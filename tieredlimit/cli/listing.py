@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from tieredlimit import overrides as changes
@@ -10,6 +12,7 @@ from tieredlimit._core.revision import NOTHING, Revision
 from tieredlimit.backends.control import ControlStore
 from tieredlimit.cli import confirm, whom
 from tieredlimit.cli.grid import grid
+from tieredlimit.cli.policy import differences
 from tieredlimit.cli.publishing import Manner, Plan, Publisher, require
 from tieredlimit.cli.session import Place, connects, run, session
 from tieredlimit.cli.spelled import brief, override_document, revision_document, state, what
@@ -121,14 +124,19 @@ async def _history(place: Place, most: int) -> list[Revision]:
 
 async def _undo(place: Place, number: int | None, actor: str, manner: Manner) -> int:
     async with session(place) as opened:
+        seen: list[Revision] = []
 
         async def compute(head: Revision, now: int) -> Change:
+            seen[:] = [head]
             if head.number == 0:
                 raise UsageError("nothing was ever published: there is nothing to undo")
             previous = await _before(opened.store, head, number)
             return changes.undo(head, previous, now=now, actor=actor)
 
-        plan = Plan("undone", compute, as_seen=True, loads_policy=True)
+        def told(new: Revision, _now: int) -> Sequence[str]:
+            return [] if new.base == seen[0].base else differences(seen[0], new, place)
+
+        plan = Plan("undone", compute, lines=told, as_seen=True, loads_policy=True)
         return await Publisher(opened, plan, manner).run()
 
 

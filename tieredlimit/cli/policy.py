@@ -166,7 +166,7 @@ async def _publish(
             return await compute(opened, head, now)
 
         def told(new: Revision, _now: int) -> Sequence[str]:
-            return _differences(before[0], new, place)
+            return differences(before[0], new, place)
 
         plan = Plan(verb, change_of, lines=told, as_seen=True, loads_policy=True)
         manner = Manner(given["yes"], given["dry_run"], given["as_json"])
@@ -195,7 +195,7 @@ def _policy(head: Revision, place: Place) -> Policy:
         raise Failure(str(exc)) from exc
 
 
-def _differences(head: Revision, new: Revision, place: Place) -> list[str]:
+def differences(head: Revision, new: Revision, place: Place) -> list[str]:
     """Return what a new base changes, as far as it can be told."""
     if new.base is None:
         return ["workers go back to the file that each of them has"]

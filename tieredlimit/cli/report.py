@@ -33,16 +33,26 @@ def preview(
     change: Change, now: int, taken: Sample | None, cells: Cells | None, verb: str
 ) -> Iterator[str]:
     """Yield what an operator should read before agreeing."""
-    yield printable(change.revision.change)
+    made = change.revision
+    yield printable(made.change)
     for one in change.added:
+        if one.sequence < made.number:  # by an undo
+            yield printable(f"brings back {sentence(one, now)}")
+            continue
         if one.begin_us is not None or one.end_us is not None:
             begin = "now" if one.begin_us is None else brief(one.begin_us)
             end = "further notice" if one.end_us is None else brief(one.end_us)
             yield f"from {begin} until {end}"
         for language, text in one.messages.items():
             yield printable(f"message{f' ({language})' if language else ''}: {text}")
+    kept = {one.id: one for one in made.overrides}
     for one in change.ended:
-        yield printable(f"ends {sentence(one, now)}")
+        moved = kept.get(one.id)
+        told = f"ends {sentence(one, now)}"
+        if moved is not None:
+            end = "" if moved.end_us is not None else ", until further notice"
+            told = f"moves the end of {sentence(moved, now)}{end}"
+        yield printable(told)
     if taken is not None and cells is not None:
         yield sampled(taken, cells, verb, all_of_it=_is_whole(change))
     stays = _STAYS.get(verb, "stays as it is")
