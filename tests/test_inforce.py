@@ -22,8 +22,9 @@ from tieredlimit._core.tally import Samples, Tallies
 from tieredlimit._core.who import EVERYONE, Who
 from tieredlimit.backends import Backend, MemoryBackend
 from tieredlimit.backends.backend import StaleError
+from tieredlimit.closures import read_closures
 from tieredlimit.complaints import Complaints
-from tieredlimit.inforce import InForce, Stored, read_closures, stored
+from tieredlimit.inforce import InForce, Stored, stored
 
 DOCUMENT: dict[str, Any] = {
     "order": ["new", "everyone"],
@@ -32,6 +33,11 @@ DOCUMENT: dict[str, Any] = {
     "tiers": {"new": {"when": {"plan": "free"}}, "everyone": {}},
 }
 OTHER = {**DOCUMENT, "defaults": {"quotas": {"image": "9/minute", "video": "unlimited"}}}
+OTHER_WITH_AUDIO: dict[str, Any] = {
+    **DOCUMENT,
+    "features": {**DOCUMENT["features"], "audio": {}},
+    "defaults": {"quotas": {**DOCUMENT["defaults"]["quotas"], "audio": "1/day"}},
+}
 POLICY = Policy.from_dict(DOCUMENT)
 
 BROKEN: dict[str, Any] = {"features": {}, "tiers": {"everyone": {"quotas": {"audio": 1}}}}
@@ -329,7 +335,49 @@ class TestFile:
 
         assert held.closed(BEN, "image")
         assert not held.closed(ANN)
-        assert f'a line closes nothing: UsageError: {file}: unknown feature "vidoe"' in caplog.text
+        assert f'{file}: "vidoe:new" closes nothing under the policy in force' in caplog.text
+
+    @pytest.mark.fault("G5")
+    async def test_names_are_those_of_the_policy_in_force(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        file = tmp_path / "close"
+        file.write_text("audio, video:gold, image")
+        held = Held(close_file=file)
+        before = caplog.text
+        caplog.clear()
+
+        await held.do(overrides.push, OTHER_WITH_AUDIO)
+
+        assert held.closed(ANN, "audio")
+        assert '"audio" closes nothing under' in before
+        assert '"audio"' not in caplog.text
+        assert '"video:gold" closes nothing under' in caplog.text
+
+    async def test_slip_is_reported_once_a_stored_policy_says_that_it_is_one(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        file = tmp_path / "close"
+        file.write_text("imgae")
+        held = Held(stored(), close="vidoe:new", close_file=file)
+        before = caplog.text
+
+        await held.do(overrides.push, OTHER)
+
+        assert "closes nothing" not in before
+        assert 'TIEREDLIMIT_CLOSE: "vidoe:new" closes nothing under' in caplog.text
+        assert (
+            f'{file}: "imgae" closes nothing under the policy in force: UsageError' in caplog.text
+        )
+
+    def test_spaces_and_the_mark_of_an_editor_are_no_part_of_a_name(self, tmp_path: Path) -> None:
+        file = tmp_path / "close"
+        file.write_bytes(b"\xef\xbb\xbfvideo : new\r\n")
+
+        held = Held(close_file=file)
+
+        assert held.closed(ANN)
+        assert not held.closed(BEN)
 
     @pytest.mark.parametrize("how", ["a folder", "no text"])
     def test_what_cannot_be_read_leaves_closed_what_is(

@@ -20,16 +20,14 @@ from tieredlimit._core.keys import IdSecret
 from tieredlimit._core.override import Override
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.ranking import Unknowns
-from tieredlimit._core.reading import did_you_mean
 from tieredlimit._core.revision import FORMAT, NOTHING, Revision
-from tieredlimit._core.share import MAX_INSTANT_US
 from tieredlimit._core.table import Table
 from tieredlimit._core.tally import Samples, Tallies
-from tieredlimit._core.who import EVERYONE, Who
 from tieredlimit.backends import Backend, MemoryBackend
 from tieredlimit.backends.backend import StaleError
 from tieredlimit.backends.control import ControlStore, MemoryControl, control_store
 from tieredlimit.backends.shared import is_over_redis
+from tieredlimit.closures import Closures
 from tieredlimit.complaints import Complaints
 from tieredlimit.errors import BackendError, TieredLimitError, UsageError
 from tieredlimit.follow import Follower
@@ -41,7 +39,6 @@ __all__ = ["InForce", "Stored", "stored"]
 
 # The most cells that a heartbeat tells of; the busiest come first.
 _MOST_CELLS = 100
-_LONGEST_CLOSE_FILE = 64 * 1024
 _FILE_INTERVAL = 0.5
 
 _OVERRULED = "tieredlimit: the stored policy of revision %d is in force, and not the one given here"
@@ -107,14 +104,7 @@ class InForce:
         self.revision: Revision = NOTHING
         self._overrides: tuple[Override, ...] = ()
         self._ever: set[str] = set()
-        close_file = close_file or os.environ.get("TIEREDLIMIT_CLOSE_FILE") or None
-        self._file = None if close_file is None else Path(close_file)
-        self._in_file: tuple[Override, ...] = ()
-        self._file_text = ""
-        if close is None:
-            # Whoever has nothing else left must not find that somebody forgot to pass it on.
-            close = os.environ.get("TIEREDLIMIT_CLOSE", "")
-        self._always = read_closures(close, "TIEREDLIMIT_CLOSE", self._given)
+        self._closures = Closures(close, close_file, self._given, complaints)
         self.store: ControlStore | None = None
         if isinstance(backend, MemoryBackend) or is_over_redis(backend):
             self.store = control_store(backend, namespace, shards)
@@ -126,7 +116,7 @@ class InForce:
         self.table: Table | None = None
         if self._given is not None:
             self.table = self._build(self._given, ())
-        self._read_file()
+            self._closures.check(self._given)
         if isinstance(self.store, MemoryControl):
             self.store.follow(self)
         if is_over_redis(backend):
@@ -190,6 +180,7 @@ class InForce:
             if self._given is not None and revision.base is not None and followed.base is None:
                 _log.warning(_OVERRULED, revision.number)
             self.revision, self.table = revision, table
+            self._closures.check(table.policy)
             self._tallies.mark()
         self._changed(revision)
 
@@ -244,7 +235,9 @@ class InForce:
 
     def follow(self) -> None:
         """Watch the store from this event loop, if that is not done already."""
-        if self.store is None or (isinstance(self.store, MemoryControl) and self._file is None):
+        if self.store is None or (
+            isinstance(self.store, MemoryControl) and self._closures.file is None
+        ):
             return
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -254,7 +247,7 @@ class InForce:
             for ended in [other for other in self._followers if other.is_closed()]:
                 del self._followers[ended]
             follower = self._followers[loop] = Follower(self, self.store)
-        follower.start(self._watch_file() if self._file is not None else None)
+        follower.start(self._watch_file() if self._closures.file is not None else None)
 
     async def open(self) -> None:
         """Follow, and load what is in force now.
@@ -320,7 +313,7 @@ class InForce:
             policy,
             self._namespace,
             self._shards,
-            overrides=(*overrides, *self._always, *self._in_file),
+            overrides=(*overrides, *self._closures.all()),
             standing=(revision.number, revision.digest),
             now=self._backend.now() if now is None else now,
             tallies=self._tallies,
@@ -337,64 +330,15 @@ class InForce:
 
     def _read_file(self) -> None:
         """Take in the closures that a local file names, if it has changed."""
-        if self._file is None:
+        if not self._closures.look():
             return
-        try:
-            with self._file.open("rb") as file:
-                text = file.read(_LONGEST_CLOSE_FILE).decode()
-        except FileNotFoundError:
-            text = ""
-        except (OSError, UnicodeDecodeError) as exc:
-            self._complaints.log(f"{self._file} cannot be read: what it closed stays closed", exc)
-            return
-        if text == self._file_text:
-            return
-        self._file_text = text
-        closures: list[Override] = []
-        for line in text.splitlines():
-            try:
-                closures += read_closures(line.partition("#")[0], str(self._file), self._given)
-            except UsageError as exc:
-                self._complaints.log("a line closes nothing", exc)
         with self._lock:
-            self._in_file = tuple(closures)
             if self.table is not None:
                 self.table = self._build(self.table.policy, self._overrides, self.revision)
+                self._closures.check(self.table.policy)
         self._changed(self.revision)
 
 
 @cache
 def _version() -> str:
     return version("tieredlimit")
-
-
-def read_closures(text: str, place: str, policy: Policy | None) -> tuple[Override, ...]:
-    """Read what is closed in this process whatever is published: `video:new, image`.
-
-    Raises:
-        UsageError: A feature or a tier is unknown.
-    """
-    closures = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        feature, _, tier = item.partition(":")
-        if policy is not None:
-            for kind, name, known in (
-                ("feature", feature, list(policy.features)),
-                ("tier", tier, [one.name for one in policy.tiers]),
-            ):
-                if name not in known and (name or kind == "feature"):
-                    hint = did_you_mean(name, known)
-                    raise UsageError(f'{place}: unknown {kind} "{name:.80}"{hint}')
-        closures.append(
-            Override(
-                id="local",
-                # Above whatever is published, and without exceptions.
-                sequence=MAX_INSTANT_US,
-                action="close",
-                feature=feature,
-                who=Who(tier=tier) if tier else EVERYONE,
-                no_exceptions=True,
-                reason=place,
-            )
-        )
-    return tuple(closures)
