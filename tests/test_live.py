@@ -1313,6 +1313,38 @@ class TestProcesses:
             asyncio.run(main())
         """)
 
+    def test_child_of_a_fork_waits_for_no_thread_of_the_parent_that_changes_what_is_in_force(
+        self,
+    ) -> None:
+        run("""
+            import asyncio, os, signal, threading
+            from tests.test_live import NEW, POLICY
+            from tieredlimit import Limiter
+
+            limiter, held, over = Limiter(POLICY), threading.Event(), threading.Event()
+
+            def hold():
+                with limiter._force._lock:
+                    held.set()
+                    over.wait()
+
+            async def change():
+                await limiter.control.close("video", tier="new")
+                assert (await limiter.take(NEW, "video")).reason == "closed"
+
+            thread = threading.Thread(target=hold)
+            thread.start()
+            held.wait()
+            child = os.fork()
+            if not child:
+                signal.alarm(10)
+                asyncio.run(change())
+                os._exit(0)
+            over.set()
+            thread.join()
+            assert os.waitpid(child, 0)[1] == 0
+        """)
+
     @pytest.mark.parametrize("store", ["redis_url", "cluster_url"])
     def test_event_loops_that_end_without_closing_leave_nothing_behind(
         self, store: str, request: pytest.FixtureRequest

@@ -31,6 +31,7 @@ from tieredlimit.closures import Closures
 from tieredlimit.complaints import Complaints
 from tieredlimit.errors import BackendError, TieredLimitError, UsageError
 from tieredlimit.follow import Follower
+from tieredlimit.forking import anew_after_fork
 
 if TYPE_CHECKING:
     from tieredlimit.backends.heartbeat import Heartbeat
@@ -122,6 +123,11 @@ class InForce:
         if is_over_redis(backend):
             backend.entered.append(self.follow)
             backend.leaving.append(self.close)
+        anew_after_fork(self)
+
+    def leave_to_parent(self) -> None:
+        """Wait for no thread of the parent in the child of a fork."""
+        self._lock = RLock()
 
     def table_at(self, now: int) -> Table:
         """Return the table that is for this instant.
