@@ -36,14 +36,15 @@ from tieredlimit import (
 )
 from tieredlimit import follow as follow_module
 from tieredlimit._core.keys import revision_key
-from tieredlimit._core.revision import Revision
+from tieredlimit._core.revision import NOTHING, Revision
 from tieredlimit._core.stamp import Stamp
 from tieredlimit._core.who import Who
 from tieredlimit.backends import Backend, Charge, ClusterBackend, MemoryBackend, RedisBackend, Reply
 from tieredlimit.backends.backend import StaleError
 from tieredlimit.backends.call import Waiting, gather
-from tieredlimit.backends.control import ControlStore
+from tieredlimit.backends.control import ControlStore, MemoryControl
 from tieredlimit.backends.server import ServerClock
+from tieredlimit.control import Control
 from tieredlimit.follow import Follower
 from tieredlimit.inforce import stored
 
@@ -1588,6 +1589,50 @@ async def test_what_is_published_on_an_emptied_redis_is_not_undone_by_what_stood
         await operator.close()
     assert [one.feature for one in in_force.overrides] == ["video"]
     assert in_force.number == worker.revision[0] == 3
+
+
+class TestChangingWhatTheStoreHasLost:
+    """The store was emptied, or restored to an older state, and nobody has put anything back."""
+
+    @pytest.fixture
+    def followed(self) -> list[Revision]:
+        """What this process has seen, the latest last."""
+        return [NOTHING]
+
+    @pytest.fixture
+    def store(self) -> MemoryControl:
+        return MemoryControl(MemoryBackend(), "test", 1)
+
+    @pytest.fixture
+    def control(self, store: MemoryControl, followed: list[Revision]) -> Control:
+        return Control(store, lambda: Policy.from_dict(POLICY), lambda: followed[-1])
+
+    @pytest.mark.fault("G5")
+    async def test_undo_goes_by_what_is_followed(
+        self, control: Control, store: MemoryControl, followed: list[Revision]
+    ) -> None:
+        followed.append((await control.close("image", everyone=True)).revision)
+        followed.append((await control.close("video", everyone=True)).revision)
+        followed.append((await control.open("image", everyone=True)).revision)
+        store._held.head = followed[2]
+
+        undone = await control.undo()
+
+        assert undone.revision.number == 4
+        assert [one.feature for one in undone.revision.overrides] == ["image", "video"]
+
+    @pytest.mark.fault("G5")
+    async def test_change_keeps_what_was_published_meanwhile(
+        self, control: Control, store: MemoryControl, followed: list[Revision]
+    ) -> None:
+        followed.append((await control.close("image", everyone=True)).revision)
+        followed.append((await control.open("image", everyone=True)).revision)
+        store._held.head = NOTHING
+        await Control(store, lambda: Policy.from_dict(POLICY)).close("video", everyone=True)
+
+        changed = await control.close("image", tier="new")
+
+        assert [one.feature for one in changed.revision.overrides] == ["video", "image"]
 
 
 async def test_undo_where_nothing_older_is_kept_is_an_error(own_server: RedisServer) -> None:

@@ -16,6 +16,7 @@ from tieredlimit._core.revision import NOTHING, Revision
 from tieredlimit._core.who import Who
 from tieredlimit.backends.control import ControlStore
 from tieredlimit.errors import ConflictError, UsageError
+from tieredlimit.follow import sound_head
 
 __all__ = ["Control", "Given"]
 
@@ -97,7 +98,7 @@ class Control:
         Raises:
             UsageError: Nothing was changed yet, or what was before is not kept any more.
         """
-        head = await self._store.head()
+        head = await sound_head(self._store, self._standing)
         if not head.number:
             raise UsageError("nothing was ever changed: there is nothing to undo")
         before = [one for one in await self._store.history() if one.number < head.number]
@@ -126,9 +127,7 @@ class Control:
         arguments = _arguments(dict(given))
         who = arguments.pop("who")
         for attempt in range(_ATTEMPTS):
-            head = await self._store.head()
-            if head.number < self._standing().number:
-                head = await self._store.seed(self._standing())  # Redis was emptied
+            head = await sound_head(self._store, self._standing)
             policy = self._policy() if head.base is None else Policy.from_dict(head.base)
             now = await self._store.now()
             change = operation(head, policy, feature, who, now=now, **arguments, **rest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ from tieredlimit.errors import BackendError, ConflictError, TieredLimitError
 if TYPE_CHECKING:
     from tieredlimit.backends.heartbeat import Heartbeat
 
-__all__ = ["Follower", "Leader"]
+__all__ = ["Follower", "Leader", "sound_head"]
 
 BEAT_INTERVAL = 1.0
 """Seconds between two heartbeats."""
@@ -124,25 +124,10 @@ class Follower:
             self._spawn(self._complete(standing))
 
     async def _load(self) -> None:
-        head = await self._store.head()
+        head = await sound_head(self._store, self._leader.standing)
         standing = self._leader.standing()
-        if 0 < head.number < standing.number and head.made_us > standing.made_us:
-            # Published on an emptied Redis, before anybody had put back what stood: it is newer.
-            change = f"revision {head.number}, over what Redis had lost: {head.change}"
-            head = await self._republish(
-                replace(head, number=standing.number + 1, change=change[:MAX_TEXT]), head
-            )
-        elif head.number < standing.number:
-            # Redis was emptied, or a failover has lost it.
-            head = await self._store.seed(standing)
         if (head.number, head.digest) != (standing.number, standing.digest):
             self._leader.adopt(head)
-
-    async def _republish(self, revision: Revision, seen: Revision) -> Revision:
-        try:
-            return (await self._store.publish(revision, seen=seen)).revision
-        except ConflictError:
-            return await self._store.head()  # another worker was first
 
     def _hear(self, number: int) -> None:
         standing = self._leader.standing().number
@@ -229,3 +214,24 @@ class Follower:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever waits for it has it
+
+
+async def sound_head(store: ControlStore, followed: Callable[[], Revision]) -> Revision:
+    """Return the head; where the store has lost what is followed, put that back first.
+
+    Raises:
+        BackendError: The store cannot be asked, or nobody knows whether it was put back.
+    """
+    head = await store.head()
+    standing = followed()
+    if not head.number < standing.number:
+        return head
+    if head.number == 0 or head.made_us <= standing.made_us:
+        return await store.seed(standing)  # emptied, or lost by a failover
+    # Published on an emptied store, before anybody had put back what stood: it is newer.
+    change = f"revision {head.number}, over what Redis had lost: {head.change}"
+    again = replace(head, number=standing.number + 1, change=change[:MAX_TEXT])
+    try:
+        return (await store.publish(again, seen=head)).revision
+    except ConflictError:
+        return await store.head()  # another worker was first
