@@ -142,9 +142,11 @@ class TestClose:
         assert change.ended == ()
 
     def test_begin_that_is_past_is_now(self) -> None:
-        change = close(NOTHING, POLICY, "video", FREE, now=NOW, begin_us=NOW - 1)
+        change = close(NOTHING, POLICY, "video", FREE, now=NOW, begin_us=NOW - HOUR_US)
 
         assert change.added[0].begin_us is None
+        told = "the begin, 2026-11-20T17:00:00Z, is past: it counts at once"
+        assert change.notes == (told,)
 
     def test_more_specific_that_stay_open_are_listed(self) -> None:
         revision = closed(FREE, EVERYONE, U1)

@@ -304,7 +304,12 @@ class Draft:
         for word, at in (("begin", begin_us), ("end", end_us)):
             if at is not None:
                 self.reading.whole(word, at, 0, MAX_INSTANT_US)
-        if len(self.reading.faults) > before or end_us is None:
+        if len(self.reading.faults) > before:
+            return
+        if begin_us is not None and begin_us < self._now:
+            # Of a time of day, tomorrow's may have been meant.
+            self.notes.append(f"the begin, {spell_instant(begin_us)}, is past: it counts at once")
+        if end_us is None:
             return
         if end_us <= self._now:
             told = f"{spell_instant(end_us)} is past: it is {spell_instant(self._now)}"
