@@ -676,11 +676,15 @@ def test_close_goes_by_the_head_as_it_is_once_agreed(
 
 
 @pytest.mark.fault("G5")
-def test_emptied_redis_is_not_published_over(workers: Workers, redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "not heard yet"])
+def test_emptied_redis_is_not_published_over(
+    workers: Workers, redis_server: RedisServer, *, heard: bool
+) -> None:
     run(workers, "close", "video", "--tier", "free", "--yes")
     closed = head_of(workers)
     redis_server.command("FLUSHALL")
-    workers.beat()
+    if heard:
+        workers.beat()
 
     refused = run(workers, "close", "image", "--all", "--yes")
 

@@ -18,6 +18,8 @@ PATIENCE = 3.0
 """Seconds to wait for workers."""
 POLL = 0.1
 """Seconds between two looks at them."""
+# Seconds in which every worker that lives has come back to a Redis that was emptied.
+_UNHEARD = 1.5
 
 _PRODUCTION = ("production", "prod")
 _NAMED = 5
@@ -70,19 +72,22 @@ async def look(session: Session, head: Revision | None = None) -> Fleet:
 async def sound_head(session: Session) -> Revision:
     """Return the head, once no live worker holds a later one that Redis has lost.
 
+    Where no worker is heard, some may not have been yet: Redis may have come back empty just now.
+
     Raises:
         Failure: Redis still had not got it back after `PATIENCE`.
     """
     pace = session.place.pace
-    until = pace.clock() + PATIENCE
+    began = pace.clock()
     while True:
         # In this order: a worker may adopt what is published in between.
         workers = await session.store.workers()
         head = await session.store.head()
         ahead = [worker for worker in workers if worker.revision > head.number]
-        if not ahead:
+        waited = pace.clock() - began
+        if not ahead and (workers or waited >= _UNHEARD):
             return head
-        if pace.clock() >= until:
+        if ahead and waited >= PATIENCE:
             latest = max(worker.revision for worker in ahead)
             raise Failure(
                 f"Redis holds revision {head.number}, and {named(ahead)} revision {latest}: it "
