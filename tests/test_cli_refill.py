@@ -89,6 +89,17 @@ def test_reset_of_what_is_full_says_so(workers: Workers) -> None:
     assert "nothing to reset · account u1 has used nothing of image" in result.stdout
 
 
+@pytest.mark.parametrize("command", [["reset"], ["refund", "--tokens", "1"]], ids=lambda c: c[0])
+def test_what_is_unused_in_one_tier_is_not_said_to_be_so_in_all(
+    workers: Workers, command: list[str]
+) -> None:
+    take(workers, FREE, 15)
+
+    result = run(workers, *command, "image", "--account", "u1", "--tier", "new", "--yes")
+
+    assert "account u1 has used nothing of image in tier new\n" in result.stdout
+
+
 def test_reset_fills_what_an_override_has_charged(
     workers: Workers, redis_server: RedisServer
 ) -> None:

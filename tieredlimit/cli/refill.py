@@ -135,7 +135,7 @@ async def _reset(place: Place, feature: str, given: Mapping[str, Any]) -> None:
         told = f"{_named(target)} is full again for {feature}"
         click.echo(f"reset · {told} · {count(removed, 'key')} of buckets dropped")
     else:
-        click.echo(f"nothing to reset · {_named(target)} has used nothing of {feature}")
+        click.echo(f"nothing to reset · {_named(target)} {_unused(target)}")
     for line in _slot_lines(target, held, frees=frees):
         click.echo(line)
 
@@ -178,7 +178,7 @@ async def _refund(place: Place, feature: str, tokens: int, given: Mapping[str, A
                    "pool": None if target.pool is None else target.pool.name})  # fmt: skip
         return
     if not any(row["debt_before"] for row in rows):
-        click.echo(f"nothing to refund · {_named(target)} has used nothing of {feature}")
+        click.echo(f"nothing to refund · {_named(target)} {_unused(target)}")
     for row in rows:
         left = row["debt_after"]
         full = "full" if not left else f"full in {spell_about(round(left * 1e6))}"
@@ -316,6 +316,11 @@ def _check(kind: str, name: str, known: Sequence[str]) -> None:
 
 def _named(target: Target) -> str:
     return f"account {printable(target.account.id)}"
+
+
+def _unused(target: Target) -> str:
+    where = f" in {_tiers(target)}" if target.sure else ""
+    return f"has used nothing of {target.feature}{where}"
 
 
 def _tiers(target: Target) -> str:
