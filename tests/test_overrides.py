@@ -148,6 +148,23 @@ class TestClose:
         told = "the begin, 2026-11-20T17:00:00Z, is past: it counts at once"
         assert change.notes == (told,)
 
+    def test_plan_that_no_tier_asks_for_may_be_a_slip(self) -> None:
+        who = Who(when=When(plan=frozenset({"fre", "free"})))
+
+        change = close(NOTHING, POLICY, "image", who, now=NOW)
+
+        told = 'no tier of the policy asks for the plan "fre"; did you mean "free"?'
+        assert change.notes == (told,)
+
+    def test_instant_to_come_means_hardly_anybody(self) -> None:
+        after = [Who(when=When(created_after_us=at)) for at in (NOW, NOW + HOUR_US)]
+
+        past, future = (close(NOTHING, POLICY, "image", who, now=NOW) for who in after)
+
+        told = "as yet only accounts of unknown age count as made after it"
+        assert past.notes == ()
+        assert future.notes == (f"2026-11-20T19:00:00Z is to come: {told}",)
+
     def test_more_specific_that_stay_open_are_listed(self) -> None:
         revision = closed(FREE, EVERYONE, U1)
         revision = open_(revision, POLICY, "video", FREE, now=NOW, percent_bp=100).revision

@@ -298,6 +298,21 @@ class Draft:
             if name is not None and name not in known:
                 hint = did_you_mean(name, known) or f"; the policy has {', '.join(known)}"
                 self.reading.fault("", f"unknown {kind} {spell(name)}{hint}")
+        self._note_slips()
+
+    def _note_slips(self) -> None:
+        """Note what may be said, and means nobody as a rule."""
+        when, tiers = self.who.when, self._policy.tiers
+        if when is None:
+            return
+        plans = {plan for tier in tiers if tier.when for plan in tier.when.plan or ()}
+        for plan in sorted((when.plan or frozenset()) - plans):
+            hint = did_you_mean(plan, sorted(plans))
+            self.notes.append(f"no tier of the policy asks for the plan {spell(plan)}{hint}")
+        after_us = when.created_after_us
+        if after_us is not None and after_us > self._now:
+            told = "as yet only accounts of unknown age count as made after it"
+            self.notes.append(f"{spell_instant(after_us)} is to come: {told}")
 
     def _check_times(self, begin_us: int | None, end_us: int | None) -> None:
         before = len(self.reading.faults)
