@@ -559,6 +559,46 @@ class TestTrouble:
 
         assert await statuses(app, ("POST", "/images"), ("POST", "/videos")) == [200, 503]
 
+    @pytest.mark.parametrize(
+        "exception",
+        [
+            {"account": "u7"},
+            {"when": {"plan": "pro"}},
+            {"everyone": True, "percent": 10},
+        ],
+        ids=["an account", "a plan", "a share"],
+    )
+    async def test_what_is_open_to_some_stays_closed_where_nobody_knows_who_asks(
+        self, exception: dict[str, Any]
+    ) -> None:
+        limiter = limiter_of()
+        await limiter.control.close("image", everyone=True)
+        await limiter.control.open("image", **exception)
+        app = behind(limiter, plain, identify=broken_identify)
+
+        assert await statuses(app, ("POST", "/images")) == [403]
+
+    async def test_what_is_closed_to_some_gets_the_outage_answer_where_nobody_knows_who_asks(
+        self,
+    ) -> None:
+        limiter = limiter_of()
+        await limiter.control.close("image", account="u7")
+        app = behind(limiter, plain, identify=broken_identify)
+
+        assert await statuses(app, ("POST", "/images")) == [200]
+
+    async def test_what_a_ramp_has_opened_to_all_is_open_where_nobody_knows_who_asks(self) -> None:
+        clock = Clock()
+        limiter = Limiter(policy(), MemoryBackend(clock=clock))
+        await limiter.control.close("image", everyone=True)
+        await limiter.control.open("image", everyone=True, ramp=timedelta(minutes=30))
+        app = behind(limiter, plain, identify=broken_identify)
+
+        before = await statuses(app, ("POST", "/images"))
+        clock.advance(30 * 60)
+
+        assert before + await statuses(app, ("POST", "/images")) == [403, 200]
+
     @pytest.mark.fault("C2")
     @pytest.mark.parametrize("wrong", [wrong_identify, unstorable_identify, empty_identify])
     async def test_an_identify_whose_account_is_none_charges_the_address(

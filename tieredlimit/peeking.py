@@ -52,16 +52,18 @@ class Peeking(Deciding):
     def outage(self, feature: str, cost: int, error: Exception, *, peek: bool = False) -> Decision:
         """Return the feature's outage answer, for who could not even be identified.
 
-        Zero in every tier denies all the same: then it does not matter who it is. With `peek` it is
-        not counted, and shown to nobody.
+        Zero or closed in every tier denies all the same, whoever it is: an exception that was made
+        for some is not for whom nobody knows. With `peek` it is not counted, and shown to nobody.
 
         Raises:
             UsageError: The feature is unknown.
         """
-        table = self._force.table_at(self.backend.now())
-        entries = [named(table, tier.name, feature) for tier in table.policy.tiers]
+        now = self.backend.now()
+        table = self._force.table_at(now)
+        found = [named(table, tier.name, feature) for tier in table.policy.tiers]
+        entries = [one.variants.of_nobody(now) if one.variants else one for one in found]
         last = entries[-1]
-        if not self.enabled or all(entry.cell.zero and not entry.variants for entry in entries):
+        if not self.enabled or all(entry.cell.zero for entry in entries):
             decision = self._without_asking(table, last, cost, None, 0)
             if decision is not None:
                 return decision if peek else self._said(last, decision, None)

@@ -11,7 +11,7 @@ from tieredlimit._core.cells import read_cell
 from tieredlimit._core.override import Override, choose, settled
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import Reading
-from tieredlimit._core.share import position
+from tieredlimit._core.share import ALL_BP, position
 from tieredlimit._core.tier import Cell
 from tieredlimit.errors import RevisionError
 
@@ -59,6 +59,16 @@ class Variants(Generic[E]):
         winner = choose(overrides, account, self._tier, now)
         since, before = settled(overrides, account, now)
         return (self._base if winner is None else self._made[winner.id]), since, before
+
+    def of_nobody(self, now: int) -> E:
+        """Return what it is for whom nobody knows: only what all of the tier are told counts."""
+        told = [
+            one
+            for one in self._others
+            if one.who.when is None and (one.share is None or one.share.bp_at(now) == ALL_BP)
+        ]
+        winner = choose(told, _NOBODY, self._tier, now)
+        return self._base if winner is None else self._made[winner.id]
 
 
 def in_force(
