@@ -133,6 +133,17 @@ class TestClose:
         assert not inside(change.revision, begin_us - 1) | inside(change.revision, begin_us)
         assert len(inside(change.revision, end_us)) == len(CROWD)
 
+    @pytest.mark.parametrize("end_us", [None, NOW + 2 * HOUR_US, NOW + HOUR_US])
+    def test_what_would_have_gone_on_longer_is_told_not_to_come_back(
+        self, end_us: int | None
+    ) -> None:
+        before = closed(FREE, end_us=end_us)
+
+        change = set_(before, POLICY, "video", FREE, "1/day", now=NOW + 1, end_us=NOW + HOUR_US)
+
+        lost = "close-1 is replaced, and does not come back when this is over"
+        assert (lost in change.notes) == (end_us != NOW + HOUR_US)
+
     def test_closures_at_other_times_stay(self) -> None:
         first = closed(FREE, begin_us=NOW + 2 * HOUR_US)
 

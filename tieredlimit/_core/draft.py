@@ -177,6 +177,7 @@ class Draft:
         """Add an override, newer than all; the replaced end where it begins."""
         added = self._build(action, texts, share, quotas)
         ended = [one for one in replaced if self._overlaps(one)]
+        self._note_lost_ends(ended)
         rest = []
         for one in self._all:
             if one not in ended:
@@ -225,6 +226,11 @@ class Draft:
         override = read_override(self.reading, "", unchecked.document())
         raise_faults(self.reading)
         return override or unchecked
+
+    def _note_lost_ends(self, ended: Iterable[Override]) -> None:
+        for one in ended:
+            if self.end_us is not None and (one.end_us is None or one.end_us > self.end_us):
+                self.notes.append(f"{one.id} is replaced, and does not come back when this is over")
 
     def _note_later_closures(self, rest: Iterable[Override]) -> None:
         for one in rest:
