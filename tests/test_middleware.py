@@ -38,6 +38,7 @@ from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddlewar
 from tieredlimit.backends import MemoryBackend, RedisBackend
 from tieredlimit.identity import blocking
 from tieredlimit.integrations.endpoints import limits_of
+from tieredlimit.integrations.starlette import limited
 from tieredlimit.limiter import Complaints
 from tieredlimit.request import RequestLimits
 
@@ -326,22 +327,56 @@ class Witness:
     """Be seen alive, or not."""
 
 
+@limited("video")
+async def limited_ok(request: Request) -> PlainTextResponse:
+    return PlainTextResponse("done")
+
+
+VIDEOS = Route("/videos", limited_ok, methods=["POST"])
+
+
 class TestAfterTheRequest:
     @pytest.mark.parametrize("path", ["/images", "/health"])
     async def test_nothing_of_a_request_waits_for_the_garbage_collector(self, path: str) -> None:
         app = behind(limiter_of(), JSONResponse({}), identify=lambda _: ANN)
+
+        assert not await self._waits_for_the_collector(app, path)
+
+    @pytest.mark.parametrize("later", [False, True])
+    @pytest.mark.parametrize("error", [ValueError, HTTPException])
+    @pytest.mark.parametrize("path", ["/images", "/videos"])
+    async def test_nor_does_one_whose_identify_fails(
+        self, later: bool, error: type[Exception], path: str
+    ) -> None:
+        def fail(connection: HTTPConnection) -> Account:
+            raise error(401) if error is HTTPException else error
+
+        async def fail_later(connection: HTTPConnection) -> Account:
+            await asyncio.sleep(0)
+            return fail(connection)
+
+        limiter = limiter_of(video=([], "5/hour"))
+        app = behind(limiter, Router([VIDEOS]), identify=fail_later if later else fail)
+
+        assert not await self._waits_for_the_collector(app, path)
+
+    async def test_nor_does_one_that_an_endpoint_denies(self) -> None:
+        app = behind(limiter_of(video=([], 0)), Router([VIDEOS]), identify=lambda _: ANN)
+
+        assert not await self._waits_for_the_collector(app, "/videos")
+
+    async def _waits_for_the_collector(self, app: ASGIApp, path: str) -> bool:
+        """Say whether what a request refers to is there after it, and the next turn of the loop."""
         witness = Witness()
         seen = weakref.ref(witness)
         gc.disable()
-
         try:
             await run(app, path=path, witness=witness)
             del witness
-            alive = seen() is not None
+            await asyncio.sleep(0)
+            return seen() is not None
         finally:
             gc.enable()
-
-        assert not alive
 
     @pytest.mark.parametrize("known", [True, False])
     async def test_task_that_outlives_its_request_takes_for_its_account(self, known: bool) -> None:

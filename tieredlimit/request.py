@@ -97,12 +97,13 @@ class RequestLimits:
         self._over = True
         if self.ending is not None:
             self.ending.end()
+        # What was raised refers to us, too, by the frames that it has passed.
+        self.refusal = None
+        if self.failure is not None:
+            self.failure = UsageError("identify has failed in this request, which is over")
         if self._account is not None:
             self._scope = {}
             return
-        if self.failure is not None:
-            # What was raised refers to us, too, by the frames that it has passed.
-            self.failure = UsageError("identify has failed in this request, which is over")
         scope = self._scope = {**self._scope, STATE_KEY: None}
         state = scope.get("state")
         # An application may have put something else there.
@@ -175,7 +176,10 @@ class RequestLimits:
             pending = asyncio.ensure_future(taking)
             underway[feature] = pending
             pending.add_done_callback(lambda _: underway.pop(feature))
-        return await asyncio.shield(pending)
+        try:
+            return await asyncio.shield(pending)
+        finally:
+            del pending  # what it raised refers to this frame
 
     async def take_first(
         self,
@@ -190,7 +194,7 @@ class RequestLimits:
         `rematch` and `settle_within` are as for `Limiter.take`.
         """
         decision: Decision | None
-        failure, waited = None, False
+        waited = False
         try:
             account = account or self._account or self._account_now()
             if account is None:
@@ -199,14 +203,16 @@ class RequestLimits:
         except (HTTPException, Denied):
             raise
         except Exception as exc:  # noqa: BLE001 -- whatever a lookup may raise is no decision
-            failure = exc
+            # Kept there alone: this frame is one of those that it has passed.
+            self.failure = exc
         if waited and rematch is not None:
             # Another policy may have come into force meanwhile, which knows no such feature.
             feature, cost = rematch()
         try:
             if account is None:
-                unknown = failure or UsageError("nobody is it")
-                decision = self.limiter.outage(feature, cost, unknown)
+                decision = self.limiter.outage(
+                    feature, cost, self.failure or UsageError("nobody is it")
+                )
             else:
                 decision = None
                 if settle_within is None:
