@@ -551,6 +551,12 @@ def broken_identify(connection: HTTPConnection) -> Account | None:
     raise LookupError("the user table is locked")
 
 
+async def identify_of_something_cancelled(connection: HTTPConnection) -> Account:
+    shared: asyncio.Future[Account] = asyncio.get_running_loop().create_future()
+    shared.cancel()
+    return await shared
+
+
 async def broken_identify_later(connection: HTTPConnection) -> Account | None:
     raise LookupError("the user table is locked")
 
@@ -586,7 +592,7 @@ class TestTrouble:
 
     @pytest.mark.parametrize(
         "failing",
-        [broken_identify, broken_identify_later],
+        [broken_identify, broken_identify_later, identify_of_something_cancelled],
     )
     async def test_an_identify_that_fails_is_the_outage_answer(self, failing: Any) -> None:
         limiter = limiter_of(video=(["POST /videos"], "1/hour"))
@@ -633,6 +639,23 @@ class TestTrouble:
         clock.advance(30 * 60)
 
         assert before + await statuses(app, ("POST", "/images")) == [403, 200]
+
+    async def test_a_request_that_is_cancelled_while_identify_waits_is_cancelled(self) -> None:
+        asked = asyncio.Event()
+
+        async def wait(connection: HTTPConnection) -> Account:
+            asked.set()
+            await asyncio.Event().wait()
+            return ANN
+
+        recorder = Recorder()
+        request = asyncio.create_task(run(behind(limiter_of(), recorder, identify=wait)))
+        await asked.wait()
+        request.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert not recorder.scopes
 
     @pytest.mark.fault("C2")
     @pytest.mark.parametrize("wrong", [wrong_identify, unstorable_identify, empty_identify])

@@ -14,7 +14,7 @@ from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field
 from tieredlimit.decision import STATUSES, Decision
 from tieredlimit.ending import Ending
-from tieredlimit.errors import Denied, UsageError
+from tieredlimit.errors import BackendError, Denied, UsageError
 from tieredlimit.identity import Answer, Identify, resolve
 from tieredlimit.limiter import SETTLE_WITHIN, Limiter
 from tieredlimit.settling import Reservation
@@ -344,6 +344,13 @@ class RequestLimits:
             account = await self._resolved(answer)
             if account is None:
                 account = await self._resolved(self._answer_of(self._anonymous))
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not we were, but what it has waited for.
+            self.failure = BackendError("what identify waited for was cancelled")
+            raise self.failure from exc
         except Exception as exc:
             self.failure = exc
             raise
