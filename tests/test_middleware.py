@@ -970,6 +970,52 @@ class TestOneCharge:
 
         assert len(spy.takes) == 1
 
+    @pytest.mark.parametrize("others", ["a handler and a door", "two doors"])
+    async def test_a_feature_is_charged_once_though_doors_are_passed_at_once(
+        self, others: str
+    ) -> None:
+        limiter = limiter_of(image=(["POST /images", "POST /images/{id}"], "5/hour"))
+        inner = behind(limiter, plain)
+
+        async def identify_later(connection: HTTPConnection) -> Account:
+            await asyncio.sleep(0)
+            return ANN
+
+        async def fan_out(scope: Scope, receive: Receive, send: Send) -> None:
+            limits: RequestLimits = scope["state"]["tieredlimit"]
+            door = inner({**scope, "path": "/images"}, receive, send)
+            if others == "two doors":
+                await asyncio.gather(door, inner({**scope, "path": "/images/7"}, receive, send))
+            else:
+                await asyncio.gather(limits.take("image"), door)
+
+        await run(behind(limiter, fan_out, identify=identify_later), path="/batch")
+
+        assert (await limiter.peek(ANN, "image")).remaining == 4
+
+    async def test_a_second_door_whose_request_is_cancelled_charges_nothing(self) -> None:
+        limiter = limiter_of()
+        asked, known = asyncio.Event(), asyncio.Event()
+
+        async def identify_later(connection: HTTPConnection) -> Account:
+            asked.set()
+            await known.wait()
+            return ANN
+
+        async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+            await behind(limiter, plain)({**scope, "path": "/images"}, receive, send)
+
+        app = behind(limiter, mounted, identify=identify_later)
+        request = asyncio.create_task(run(app, path="/mount"))
+        await asked.wait()
+        request.cancel()
+        await asyncio.wait((request,))
+        known.set()
+        await asyncio.sleep(0)
+
+        assert request.cancelled()
+        assert (await limiter.peek(ANN, "image")).remaining == 2
+
     async def test_a_take_whose_caller_gave_up_still_counts(self) -> None:
         going, go = asyncio.Event(), asyncio.Event()
 

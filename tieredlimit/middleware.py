@@ -106,7 +106,7 @@ class TieredLimitMiddleware:
                 return
             metered = self._metered(scope)
             if metered is not None and not limits.lets_in(*metered):
-                answer = await self._charge(limits, scope, *metered)
+                answer = await self._charge(limits, scope, *metered, first=first)
                 if answer is not None:
                     await answer(scope, receive, send)
                     return
@@ -179,7 +179,7 @@ class TieredLimitMiddleware:
         return metered
 
     async def _charge(
-        self, limits: RequestLimits, scope: Scope, feature: str, cost: int
+        self, limits: RequestLimits, scope: Scope, feature: str, cost: int, *, first: bool
     ) -> ASGIApp | None:
         """Charge the request, and return its answer where it must not go on."""
         limits.metered = feature
@@ -187,7 +187,10 @@ class TieredLimitMiddleware:
         if decision is None:
             try:
                 rematch = partial(self._rematch, scope)
-                decision = await limits.take_first(feature, cost, None, rematch)
+                if first:
+                    decision = await limits.take_first(feature, cost, None, rematch)
+                else:
+                    decision = await limits.take_beside(feature, cost, rematch)
                 limits.metered = decision.feature
             except _UnmeteredError:
                 limits.metered = None

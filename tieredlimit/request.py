@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeGuard
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from tieredlimit._core.account import Account
-from tieredlimit._core.fields import Field
+from tieredlimit._core.fields import Field, merged_fields
 from tieredlimit.decision import STATUSES, Decision
 from tieredlimit.ending import Ending
 from tieredlimit.errors import BackendError, Denied, UsageError
@@ -78,7 +78,7 @@ class RequestLimits:
         self._account: Account | None = None
         self._answer: Answer = None
         self._asking: asyncio.Lock | None = None
-        self._pending: dict[str, asyncio.Task[Decision]] | None = None
+        self._pending: dict[str, asyncio.Future[Any]] | None = None
         self._over = False
         self.ending: Ending | None = None
 
@@ -166,20 +166,33 @@ class RequestLimits:
         """Take what was not decided yet, together with whoever takes it at the same time."""
         if type(feature) is not str:
             return await self.take_first(feature, cost, account)
-        if self._pending is None:
-            self._pending = {}
-        underway = self._pending
-        pending = underway.get(feature)
-        if pending is None:
-            # A task, so that a second door that comes while the first still waits joins it.
-            taking = self.take_first(feature, cost, account, settle_within=settle_within)
-            pending = asyncio.ensure_future(taking)
-            underway[feature] = pending
-            pending.add_done_callback(lambda _: underway.pop(feature))
+        underway = self._pending = self._pending or {}
+        if feature in underway:
+            await asyncio.wait((underway[feature],))
+            # Whoever took it may have been cancelled, or have found that it has to be another.
+            return await self.take(feature, cost, account=account)
+        # A task, which goes on where its caller gives up.
+        taking = self.take_first(feature, cost, account, settle_within=settle_within)
+        pending = underway[feature] = asyncio.ensure_future(taking)
+        pending.add_done_callback(lambda _: underway.pop(feature))
         try:
             return await asyncio.shield(pending)
         finally:
             del pending  # what it raised refers to this frame
+
+    async def take_beside(
+        self, feature: str, cost: int, rematch: Callable[[], tuple[str, int]]
+    ) -> Decision:
+        """Do what `take_first` does where another door may be taking the feature already."""
+        underway = self._pending = self._pending or {}
+        if feature in underway:
+            return await self.take(feature, cost)
+        done = underway[feature] = asyncio.get_running_loop().create_future()
+        try:
+            return await self.take_first(feature, cost, None, rematch)
+        finally:
+            del underway[feature]
+            done.set_result(None)
 
     async def take_first(
         self,
@@ -235,6 +248,8 @@ class RequestLimits:
         self.metered = feature
         decision = self.decisions.get(feature)
         if decision is None:
+            if self._pending:
+                return False  # maybe this very feature, which is charged once
             try:
                 account = self._account or self._account_now()
                 if account is not None:
@@ -300,7 +315,7 @@ class RequestLimits:
         if len(decisions) == 1:
             (decision,) = decisions.values()
             return decision.fields(legacy=legacy)
-        return _merge(decision.fields(legacy=legacy) for decision in decisions.values())
+        return merged_fields(decision.fields(legacy=legacy) for decision in decisions.values())
 
     def _warn_of_another(self, feature: str, account: Account | None) -> None:
         """Log where a door names another payer than the one who was charged before it."""
@@ -384,15 +399,3 @@ def is_preflight(scope: Scope) -> bool:
     """Say whether a request of OPTIONS is a browser's, that asks before it sends another."""
     names = {name.lower() for name, _ in scope["headers"]}
     return b"origin" in names and b"access-control-request-method" in names
-
-
-def _merge(several: Iterable[list[Field]]) -> list[Field]:
-    """Join the fields of several decisions: lists grow, `X-RateLimit-*` are the first's."""
-    merged: dict[bytes, bytes] = {}
-    for fields in several:
-        for name, value in fields:
-            if name not in merged:
-                merged[name] = value
-            elif not name.startswith(b"x-"):
-                merged[name] += b", " + value
-    return list(merged.items())

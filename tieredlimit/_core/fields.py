@@ -123,6 +123,18 @@ def legacy_fields(quotas: Iterable[QuotaView]) -> list[Field]:
     ]
 
 
+def merged_fields(several: Iterable[list[Field]]) -> list[Field]:
+    """Join the fields of several decisions: lists grow, `X-RateLimit-*` are the first's."""
+    merged: dict[bytes, bytes] = {}
+    for fields in several:
+        for name, value in fields:
+            if name not in merged:
+                merged[name] = value
+            elif not name.startswith(b"x-"):
+                merged[name] += b", " + value
+    return list(merged.items())
+
+
 def _lists(policies: list[str], limits: list[str]) -> list[Field]:
     named = ((b"ratelimit-policy", policies), (b"ratelimit", limits))
     return [(name, ", ".join(items).encode()) for name, items in named if items]
