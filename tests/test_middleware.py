@@ -1049,6 +1049,14 @@ class TestOneCharge:
         assert start["status"] == 200
         fields_of(start)
 
+    async def test_a_door_behind_that_of_another_limiter_charges_nothing_again(self) -> None:
+        spy = Spy()
+        limiter, other = Limiter(policy(), spy), Limiter(policy())
+
+        await run(behind(limiter, behind(other, behind(limiter, plain))))
+
+        assert len(spy.takes) == 1
+
     @pytest.mark.parametrize("takes", [False, True])
     async def test_state_that_is_no_mapping_is_left_alone(self, takes: bool) -> None:
         other = object()

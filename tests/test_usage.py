@@ -494,6 +494,15 @@ async def test_behind_the_middleware_it_shows_whom_that_names_in_every_framework
     assert len(asked) == 2
 
 
+async def test_behind_the_middleware_of_two_limiters_it_shows_whom_its_own_names(
+    limiter: Limiter,
+) -> None:
+    inner = TieredLimitMiddleware(usage_app(limiter), limiter=Limiter(OTHER), identify=identify)
+    app = TieredLimitMiddleware(inner, limiter=limiter, identify=identify)
+    async with asking(app, "ada") as client:
+        assert (await client.get("/")).json()["tier"] == "new"
+
+
 async def test_identify_of_its_own_counts_before_that_of_the_middleware(limiter: Limiter) -> None:
     app = TieredLimitMiddleware(
         usage_app(limiter, lambda _: ACCOUNTS["pro"]), limiter=limiter, identify=identify

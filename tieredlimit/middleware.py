@@ -16,7 +16,7 @@ from tieredlimit.errors import Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
 from tieredlimit.opening import get_ready, lifespan, unready
-from tieredlimit.request import STATE_KEY, RequestLimits, is_preflight
+from tieredlimit.request import STATE_KEY, RequestLimits, is_preflight, limits_in
 
 __all__ = ["OnDenied", "TieredLimitMiddleware"]
 
@@ -95,10 +95,10 @@ class TieredLimitMiddleware:
                 await self.app(scope, receive, send)
             return
 
-        limits: Any = scope.get(STATE_KEY)
         # Where another door of the same limiter has let it in, what it took counts here, too.
-        first = not isinstance(limits, RequestLimits) or limits.limiter is not self.limiter
-        if first:
+        limits = limits_in(scope, self.limiter) if STATE_KEY in scope else None
+        first = limits is None
+        if limits is None:
             limits = self._limits(scope)
         try:
             if not self.limiter.ready and not await get_ready(self.limiter, "requests are"):
@@ -143,6 +143,7 @@ class TieredLimitMiddleware:
         # The scope is the request's own. Its state need not be: Hypercorn shares one among all
         # requests of a connection, and what an earlier one has taken must not pay for this one.
         limits = RequestLimits(self.limiter, scope, self._identify, self._anonymous)
+        limits.outer = scope.get(STATE_KEY)
         scope[STATE_KEY] = limits
         state: Any = scope.get("state")
         if state is None:

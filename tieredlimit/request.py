@@ -19,7 +19,7 @@ from tieredlimit.identity import Answer, Identify, resolve
 from tieredlimit.limiter import SETTLE_WITHIN, Limiter
 from tieredlimit.settling import Reservation
 
-__all__ = ["STATE_KEY", "RequestLimits", "is_preflight"]
+__all__ = ["STATE_KEY", "RequestLimits", "is_preflight", "limits_in"]
 
 STATE_KEY = "tieredlimit"
 """Where in `scope["state"]` the middleware puts it."""
@@ -35,27 +35,15 @@ class RequestLimits:
         ending: What is done at the end of the response, None where that is nothing so far.
         failure: What `identify` raised, which is not asked again; None where it has not.
         metered: The feature that the middleware has metered the request as, None if none.
+        outer: What takes of another limiter, whose door the request has passed before; or None.
         refusal: What `refuse` was told, None for nothing.
         refused: Whether the middleware has answered with that; None until it begins to.
     """
 
     __slots__ = (
-        "_account",
-        "_anonymous",
-        "_answer",
-        "_asking",
-        "_identify",
-        "_over",
-        "_pending",
-        "_scope",
-        "decisions",
-        "denied",
-        "ending",
-        "failure",
-        "limiter",
-        "metered",
-        "refusal",
-        "refused",
+        *("_account", "_anonymous", "_answer", "_asking", "_identify", "_over", "_pending"),
+        *("_scope", "decisions", "denied", "ending", "failure", "limiter", "metered", "outer"),
+        *("refusal", "refused"),
     )
 
     def __init__(
@@ -71,6 +59,7 @@ class RequestLimits:
         self.denied: bool = False
         self.failure: Exception | None = None
         self.metered: str | None = None
+        self.outer: RequestLimits | None = None
         self.refusal: Denied | HTTPException | None = None
         self.refused: bool | None = None
         self._identify = identify
@@ -98,7 +87,7 @@ class RequestLimits:
         if self.ending is not None:
             self.ending.end()
         # What was raised refers to us, too, by the frames that it has passed.
-        self.refusal = None
+        self.refusal = self.outer = None
         if self.failure is not None:
             self.failure = UsageError("identify has failed in this request, which is over")
         if self._account is not None:
@@ -393,6 +382,14 @@ class RequestLimits:
         # An id that cannot be one may be the client's doing, and must not let it in free.
         told = "identify gave what is no account, the client is charged by its address"
         self.limiter.complaints.log(told, error)
+
+
+def limits_in(scope: Scope, limiter: Limiter) -> RequestLimits | None:
+    """Return what takes of a limiter for a request, None where it has passed no door of that."""
+    limits = scope.get(STATE_KEY)
+    while isinstance(limits, RequestLimits) and limits.limiter is not limiter:
+        limits = limits.outer
+    return limits if isinstance(limits, RequestLimits) else None
 
 
 def is_preflight(scope: Scope) -> bool:

@@ -21,7 +21,7 @@ from tieredlimit.errors import Denied
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
 from tieredlimit.opening import get_ready, lifespan, unready
-from tieredlimit.request import STATE_KEY, RequestLimits
+from tieredlimit.request import RequestLimits, limits_in
 
 __all__ = ["usage_app"]
 
@@ -91,14 +91,14 @@ class _Usage:
         except Exception as exc:  # noqa: BLE001 -- our own trouble must never be a 500
             document = self._unknown(exc, accept_language)
         finally:
-            if limits is not scope.get(STATE_KEY):
+            if limits is not limits_in(scope, self._limiter):
                 limits.end()
         return _cached(document, connection, head=scope["method"] == "HEAD")
 
     def _limits(self, scope: Scope) -> RequestLimits:
         """Return what knows who asks, and asks for that once."""
-        limits = scope.get(STATE_KEY) if self._identify is None else None
-        if isinstance(limits, RequestLimits) and limits.limiter is self._limiter:
+        limits = limits_in(scope, self._limiter) if self._identify is None else None
+        if limits is not None:
             return limits
         anonymous = self._anonymous or client_address()
         return RequestLimits(self._limiter, scope, self._identify, anonymous)
