@@ -21,7 +21,17 @@ from fastapi.responses import StreamingResponse
 
 from examples import fastapi_app
 from tests.framework_contract import DONE, GATE, WORD, WebSocketContract, ask, hold, payer, price
-from tieredlimit import Account, Decision, Denied, Limiter, TieredLimitMiddleware, UsageError
+from tests.test_settling import push
+from tieredlimit import (
+    Account,
+    Decision,
+    Denied,
+    Limiter,
+    TieredLimitMiddleware,
+    UsageError,
+    stored,
+)
+from tieredlimit.backends import MemoryBackend
 from tieredlimit.integrations.fastapi import (
     denied,
     document_denials,
@@ -219,6 +229,21 @@ def test_openapi_document_shows_routes_metered_by_the_policy_where_a_limiter_is_
 
     document_denials(app, limiter)
 
+    assert "429" in app.openapi()["paths"]["/routed"]["post"]["responses"]
+
+
+async def test_openapi_document_can_be_had_before_a_stored_policy_is_loaded() -> None:
+    limiter = Limiter(stored(), MemoryBackend())
+    app = FastAPI()
+
+    @app.post("/routed")
+    async def routed() -> None: ...
+
+    document_denials(app, limiter)
+    before = set(app.openapi()["paths"]["/routed"]["post"]["responses"])
+    await push(limiter, POLICY)
+
+    assert before == {"200"}
     assert "429" in app.openapi()["paths"]["/routed"]["post"]["responses"]
 
 

@@ -76,7 +76,7 @@ def document_denials(app: FastAPI, limiter: Limiter | None = None) -> None:
     """Let the application's OpenAPI document show the denials of every limited operation.
 
     These are the operations with a `limited` dependency and, where a limiter is given, those that
-    its policy meters by route.
+    its policy meters by route; a stored one does once it was loaded.
     """
     original = app.openapi
 
@@ -84,7 +84,7 @@ def document_denials(app: FastAPI, limiter: Limiter | None = None) -> None:
         document = original()
         for path, method, features in _operations(app):
             operation = document.get("paths", {}).get(path, {}).get(method.lower())
-            matched = limiter.match(method, path) if limiter else None
+            matched = limiter is not None and limiter.ready and limiter.match(method, path)
             if operation is not None and (features or matched):
                 _describe(operation)
                 schemas = document.setdefault("components", {}).setdefault("schemas", {})
