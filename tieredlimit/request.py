@@ -103,7 +103,8 @@ class RequestLimits:
         """Return who this request is charged to, asking `identify` at most once.
 
         Where that gives something else than an account or None, it is the client's address. Only
-        an answer that nobody waited for, since that was cancelled, is asked for anew.
+        an answer that nobody waited for, since that was cancelled, is asked for anew. An `identify`
+        that takes must say for whom: to ask here, it would wait for itself.
 
         Raises:
             Exception: What `identify` raised, now or before in this request.
