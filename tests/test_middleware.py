@@ -1201,6 +1201,16 @@ async def failing_later(scope: Scope, decision: Decision) -> ASGIApp:
     raise RuntimeError("oops")
 
 
+async def cancelled_lookup(scope: Scope, decision: Decision) -> ASGIApp:
+    lookup = asyncio.ensure_future(asyncio.Event().wait())
+    lookup.cancel()
+    await lookup
+    return teapot(scope, decision)
+
+
+WRONG = (failing, failing_later, cancelled_lookup)
+
+
 def mistaken(scope: Scope, decision: Decision) -> Any:
     return {"detail": "no"}
 
@@ -1214,7 +1224,7 @@ class TestOnDenied:
         assert (answer.status_code, answer.text) == (418, "zero /images")
         assert "ratelimit" not in answer.headers
 
-    @pytest.mark.parametrize("on_denied", [none, none_later, failing, failing_later, mistaken])
+    @pytest.mark.parametrize("on_denied", [none, none_later, *WRONG, mistaken])
     async def test_otherwise_ours_does(
         self, on_denied: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -1223,7 +1233,7 @@ class TestOnDenied:
         app = behind(limiter, plain, on_denied=on_denied, statuses={"zero": 404})
 
         assert await statuses(app, *[("POST", "/images")] * 5) == [404] * 5
-        assert len(caplog.records) == (1 if on_denied in (failing, failing_later, mistaken) else 0)
+        assert len(caplog.records) == (1 if on_denied in (*WRONG, mistaken) else 0)
 
 
 @pytest.mark.fault("E11")

@@ -12,7 +12,7 @@ from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.limiter import Limiter
 
-__all__ = ["Ending", "left_after"]
+__all__ = ["Ending", "being_cancelled", "left_after"]
 
 _ANSWERS = frozenset({"http.response.start", "websocket.http.response.start"})
 _BODIES = frozenset(
@@ -143,6 +143,12 @@ class Ending:
             self._decisions[decision.feature] = await self._limiter.refund(decision)
         except (BackendError, UsageError) as exc:
             self._limiter.complaints.log("a refund may not have happened", exc)
+
+
+def being_cancelled() -> bool:
+    """Say whether a `CancelledError` that came is this task's own, not of what it waited for."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def left_after(message: Message, left: int | None, method: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from functools import partial
@@ -12,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tieredlimit.answering import Answering, rendered
 from tieredlimit.decision import STATUSES, Decision, Reason
-from tieredlimit.errors import Denied, UsageError
+from tieredlimit.ending import being_cancelled
+from tieredlimit.errors import BackendError, Denied, UsageError
 from tieredlimit.identity import Identify, client_address
 from tieredlimit.limiter import Limiter
 from tieredlimit.opening import get_ready, lifespan, unready
@@ -208,6 +210,7 @@ class TieredLimitMiddleware:
         """Return the application that answers a denial."""
         limits.denied = True
         answer: Any = None
+        failure: Exception | None = None
         if self._on_denied is not None:
             try:
                 answer = self._on_denied(scope, decision)
@@ -216,9 +219,15 @@ class TieredLimitMiddleware:
                 if answer is not None and not callable(answer):
                     kind = type(answer).__name__
                     raise UsageError(f"it must return an ASGI application or None, got a {kind}")
+            except asyncio.CancelledError:
+                if being_cancelled():
+                    raise
+                failure = BackendError("what it waited for was cancelled")
             except Exception as exc:  # noqa: BLE001 -- a denial stays one, whatever goes wrong
-                answer = None
-                self.limiter.complaints.log("on_denied failed; the built-in answer was sent", exc)
+                failure = exc
+        if failure is not None:
+            answer = None
+            self.limiter.complaints.log("on_denied failed; the built-in answer was sent", failure)
         if answer is None:
             return decision.response(statuses=self._statuses, legacy_fields=self._legacy_fields)
         return cast(ASGIApp, answer)  # `inspect.isawaitable` tells a type checker too little

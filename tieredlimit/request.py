@@ -13,7 +13,7 @@ from starlette.types import Scope
 from tieredlimit._core.account import Account
 from tieredlimit._core.fields import Field, merged_fields
 from tieredlimit.decision import STATUSES, Decision
-from tieredlimit.ending import Ending
+from tieredlimit.ending import Ending, being_cancelled
 from tieredlimit.errors import BackendError, Denied, UsageError
 from tieredlimit.identity import Answer, Identify, resolve
 from tieredlimit.limiter import SETTLE_WITHIN, Limiter
@@ -350,8 +350,7 @@ class RequestLimits:
             if account is None:
                 account = await self._resolved(self._answer_of(self._anonymous))
         except asyncio.CancelledError as exc:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if being_cancelled():
                 raise
             # Not we were, but what it has waited for.
             self.failure = BackendError("what identify waited for was cancelled")
