@@ -344,6 +344,41 @@ class TestPrices:
             assert settled
             assert await left(before) == [50, 590]
 
+    @pytest.mark.parametrize(
+        ("everybodys", "anns", "minutes"),
+        [("10/hour", "60/hour", 1), ("60/hour", "10/hour", 6)],
+    )
+    @pytest.mark.parametrize(("estimate", "actual"), [(4, 7), (7, 4)])
+    async def test_account_with_an_override_is_settled_at_its_own_price(
+        self,
+        backend: Backend,
+        everybodys: str,
+        anns: str,
+        minutes: int,
+        estimate: int,
+        actual: int,
+    ) -> None:
+        async with Limiter(policy(everybodys), backend) as limiter:
+            await limiter.control.set("video", anns, account="ann")
+            async with limiter.reserve(ANN, "video", estimate) as reservation:
+                await reservation.settle(actual)
+
+            settled = seconds_to_full((await limiter.peek(ANN, "video")).debts)
+
+        assert settled == actual * minutes * 60
+
+    @pytest.mark.fault("A10")
+    async def test_account_with_an_override_is_refunded_all_that_it_was_charged(
+        self, backend: Backend
+    ) -> None:
+        async with Limiter(policy("60/hour", refund_on=[500]), backend) as limiter:
+            await limiter.control.set("video", "10/hour", account="ann")
+            decision = await limiter.take(ANN, "video", 4)
+
+            await limiter.refund(decision)
+
+            assert await left(limiter) == [10]
+
     async def test_pushed_policy_counts_for_what_was_reserved_before(
         self, backend: Backend
     ) -> None:

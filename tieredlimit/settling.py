@@ -115,28 +115,34 @@ def corrections(taken: Taken, actual: int, table: Table | None) -> list[Correcti
     """Return what makes of what was charged what it should have been.
 
     Tokens that are given back are worth what they cost then, or what they cost now in the table,
-    whichever is less; more of them cost what they do now.
+    whichever is less; more of them cost what they do now. What an override makes another price for
+    some accounts of the tier is worth what it cost then.
     """
     today = {} if table is None else _today(taken, table)
     more = actual - taken.cost
     corrected = []
     for bucket in taken.buckets:
-        interval_us, clamp_us = today.get(
-            (bucket.kind, bucket.tag), (bucket.interval_us, bucket.clamp_us)
-        )
+        charged = bucket.interval_us, bucket.clamp_us
+        prices = today.get((bucket.kind, bucket.tag), set())
+        # Where accounts of the tier differ nobody can tell which one a token is of.
+        interval_us, clamp_us = next(iter(prices)) if len(prices) == 1 else charged
         price_us = interval_us if more > 0 else min(interval_us, bucket.interval_us)
         corrected.append(Correction(bucket.key, bucket.tag, more * price_us, clamp_us))
     return corrected
 
 
-def _today(taken: Taken, table: Table) -> dict[tuple[str, bytes], tuple[int, int]]:
-    """Return the interval and the clamp of the quotas in force, by kind and tag."""
+def _today(taken: Taken, table: Table) -> dict[tuple[str, bytes], set[tuple[int, int]]]:
+    """Return each interval and clamp that a quota in force may have, by kind and tag."""
     try:
         entry = table.entry(taken.tier, taken.feature)
     except KeyError:
         return {}
-    quotas = [(quota.per or "", quota) for quota in entry.cell.quotas]
+    entries = [entry] if entry.variants is None else entry.variants.all()
+    quotas = [(quota.per or "", quota) for one in entries for quota in one.cell.quotas]
     pool = entry.feature.pool
     if pool is not None:
         quotas.append((POOL_KIND, pool.slice))
-    return {(kind, quota.tag): (quota.interval_us, quota.clamp_us) for kind, quota in quotas}
+    today: dict[tuple[str, bytes], set[tuple[int, int]]] = {}
+    for kind, quota in quotas:
+        today.setdefault((kind, quota.tag), set()).add((quota.interval_us, quota.clamp_us))
+    return today

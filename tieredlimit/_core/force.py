@@ -70,6 +70,10 @@ class Variants(Generic[E]):
         winner = choose(told, _NOBODY, self._tier, now)
         return self._base if winner is None else self._made[winner.id]
 
+    def all(self) -> list[E]:
+        """Return everything that it may be."""
+        return [self._base, *self._made.values()]
+
 
 def in_force(
     overrides: Sequence[Override],
