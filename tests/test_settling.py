@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -378,6 +379,19 @@ class TestPrices:
             await limiter.refund(decision)
 
             assert await left(limiter) == [10]
+
+    async def test_override_that_has_ended_is_no_price_of_today(self, clock: Clock) -> None:
+        async with Limiter(policy("30/hour"), MemoryBackend(clock=clock)) as limiter:
+            end = datetime.fromtimestamp(clock.now / 1_000_000, UTC) + timedelta(minutes=10)
+            await limiter.control.set("video", "60/hour", tier="everyone", until=end)
+            reservation = limiter.reserve(ANN, "video", 20)
+            await reservation.take()
+            clock.advance(10 * 60)
+
+            await reservation.settle(25)
+            settled = seconds_to_full((await limiter.peek(ANN, "video")).debts)
+
+        assert settled == (20 - 10) * 60 + 5 * 120
 
     async def test_pushed_policy_counts_for_what_was_reserved_before(
         self, backend: Backend

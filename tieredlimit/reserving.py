@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.rate import DAY_US, SECOND_US
+from tieredlimit._core.table import Table
 from tieredlimit._core.taken import Taken
 from tieredlimit.deciding import Deciding
 from tieredlimit.decision import Decision
@@ -78,7 +79,7 @@ class Reserving(Deciding):
         if taken is None or not taken.buckets or not taken.cost:
             return decision
         demanded.refunded = True
-        back = corrections(taken, 0, self._force.table)
+        back = corrections(taken, 0, self._table_now())
         if taken.record:
             debts = (await self.leases.holds.settle(taken.record, back)).debts
         else:
@@ -89,8 +90,14 @@ class Reserving(Deciding):
     async def _settle(self, taken: Taken, actual: int) -> bool:
         if not taken.record:
             return False
-        corrected = corrections(taken, actual, self._force.table)
+        corrected = corrections(taken, actual, self._table_now())
         return (await self.leases.holds.settle(taken.record, corrected)).settled
+
+    def _table_now(self) -> Table | None:
+        """Return what is in force now, None where nothing was loaded yet."""
+        force = self._force
+        # A process that takes nothing has not looked whether an override has begun or ended.
+        return force.table and force.table_at(self.backend.now())
 
     async def _take_kept(
         self, account: Account, feature: str, cost: int, settle_within: float
