@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 from tieredlimit._core.bucket import remaining, wait_us
@@ -146,6 +147,14 @@ class Demanded:
             if taken is not None:
                 self._lease = Lease(self._leases, taken, since=self._since)
         return self._lease
+
+    def given_back(self, pool_debt: int | None) -> Demanded:
+        """Return it as it stands after a refund: what is held is held, by the same lease."""
+        if self._claim is not None:
+            self._lease = self.lease
+        after = copy(self)
+        after._pool_debt = pool_debt  # noqa: SLF001 -- of its own class
+        return after
 
 
 def pool_wait_us(entry: Entry, cost: int, debt: int) -> int:

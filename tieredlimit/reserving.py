@@ -68,7 +68,7 @@ class Reserving(Deciding):
 
         Only of features with `refund_on` or `refund_on_exception`, and of reservations: of others
         it is not known any more what was charged, and nothing is done. Never beyond full, and never
-        twice: one that got no answer may have happened.
+        twice: one that got no answer may have happened. A lease is held as before.
 
         Raises:
             BackendError: The store could not answer.
@@ -85,7 +85,8 @@ class Reserving(Deciding):
         else:
             debts = await self.leases.holds.refund(back)
         own = len(decision.limits)
-        return decision._replace(debts=debts[:own], demanded=None)
+        after = demanded.given_back(debts[own] if len(debts) > own else None)
+        return decision._replace(debts=debts[:own], demanded=after)
 
     async def _settle(self, taken: Taken, actual: int) -> bool:
         if not taken.record:
