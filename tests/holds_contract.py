@@ -353,6 +353,21 @@ class HoldsContract:
 
         assert (denied.allowed, early.allowed, in_time.allowed) == (False, False, True)
 
+    @pytest.mark.fault("A11")
+    async def test_clock_stepped_back_holds_a_slot_no_longer_for_who_asked_with_a_longer_lease(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        short, long = slot(1, LEASE), slot(1, HOUR)
+        await take(backend, [], claim(short))
+        clock.advance(-30 * MINUTE)
+
+        denied = [(await take(backend, [], claim(one))).allowed for one in (long, short)]
+        clock.advance(LEASE)
+        in_time = await take(backend, [], claim(short))
+
+        assert denied == [False, False]
+        assert in_time.allowed
+
     @pytest.mark.fault("A8")
     @pytest.mark.parametrize("year", [1971, 2026, 2100, 2200])
     @pytest.mark.parametrize("lease_us", [1, 999_999_999, DAY])

@@ -22,8 +22,9 @@ class SlotRoom:
 
     def __init__(self, maximum: int) -> None:
         self._held: dict[str, dict[tuple[bytes, int], int]] = {}
-        # Where all seemed held: from when until when they are, so that not every denial counts.
-        self._full: dict[str, tuple[int, int]] = {}
+        # Where all seemed held: from when until when they are, so that not every denial counts; and
+        # for which lease it was asked.
+        self._full: dict[str, tuple[int, int, int]] = {}
         self._due: list[tuple[int, str, tuple[bytes, int]]] = []
         self._count = 0
         self._maximum = maximum
@@ -37,8 +38,8 @@ class SlotRoom:
         holders = self._held.get(slot.key)
         if holders is None or len(holders) < slot.limit:
             return len(holders or ())
-        since, until = self._full.get(slot.key, (0, 0))
-        if since <= now < until:
+        since, until, lease_us = self._full.get(slot.key, (0, 0, 0))
+        if since <= now < until and lease_us <= slot.lease_us:
             return len(holders)
         for holder, free_at in holders.items():
             # The clock was set back, or the lease was longer: each is held for its own, counted
@@ -47,7 +48,7 @@ class SlotRoom:
                 self._put(slot.key, holders, holder, now + holder[1])
         held = sum(free_at > now for free_at in holders.values())
         if held == len(holders):
-            self._full[slot.key] = now, min(holders.values())
+            self._full[slot.key] = now, min(holders.values()), slot.lease_us
         return held
 
     def require_space(self, new: int, now: int) -> None:
