@@ -655,6 +655,21 @@ class TestStoreThatIsDown:
         assert await lease.renew()
         assert await lease.release()
 
+    async def test_lease_that_was_lost_stays_lost_where_the_store_says_nothing_more(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.WARNING)
+        store = Store()
+        leases = Leases(store, "tieredlimit", Complaints(), 1.0)
+        lease = Lease(leases, a_lease(1, 60))
+        lost = not await lease.renew()
+        store.up = False
+
+        lease.keep()
+        await poll(lambda: "a lease could not be renewed" in caplog.text)
+
+        assert (lost, lease.lost) == (True, True)
+
     async def test_end_of_a_block_does_not_fail_where_the_store_is_down(self) -> None:
         store = Store()
         leases = Leases(store, "tieredlimit", Complaints(), 1.0)

@@ -156,7 +156,7 @@ class Lease:
         try:
             await self.renew()
         except BackendError as exc:
-            self.lost = time.monotonic() > self._held_until
+            self.lost = self.lost or time.monotonic() > self._held_until
             self._leases.complaints.log("a lease could not be renewed; trying again", exc)
             pause /= _SOONER
         self._work = None
