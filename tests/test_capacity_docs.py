@@ -72,23 +72,40 @@ async def test_pool_of_the_picture_keeps_pro_whole_and_starves_the_others() -> N
     assert all(minute["free"] + minute["new"] == 0 for minute in minutes[9:13])
 
 
+def client_of(limiter: Limiter, handler: dict[str, Any]) -> httpx.AsyncClient:
+    app = Starlette(routes=[Route("/v1/videos", handler["render"], methods=["POST"])])
+    metered = TieredLimitMiddleware(app, limiter=limiter, identify=lambda _: Account("u1"))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=metered), base_url="http://test")
+
+
 async def test_slot_that_a_handler_of_the_page_detaches_is_kept_and_given_back_by_its_job() -> None:
     handler, job, *_ = code()
-    async with Limiter(LEASED) as limiter:
-        app = Starlette(routes=[Route("/v1/videos", handler["render"], methods=["POST"])])
-        metered = TieredLimitMiddleware(app, limiter=limiter, identify=lambda _: Account("u1"))
-        client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=metered), base_url="http://test"
-        )
-        async with client:
-            token = (await client.post("/v1/videos")).json()["job"]
-            while_it_waits = await client.post("/v1/videos")
-            await job["job"](limiter, token)
-            afterwards = await client.post("/v1/videos")
+    async with Limiter(LEASED) as limiter, client_of(limiter, handler) as client:
+        await client.post("/v1/videos")
+        while_it_waits = await client.post("/v1/videos")
+        await job["job"](limiter, handler["queue"].pop())
+        afterwards = await client.post("/v1/videos")
 
     assert while_it_waits.status_code == 429
     assert while_it_waits.json()["reason"] == "concurrency"
     assert afterwards.status_code == 202
+
+
+@pytest.mark.parametrize("nothing_is_held", ["unlimited", "outage"])
+async def test_handler_and_job_of_the_page_do_without_a_lease_where_nothing_is_held(
+    nothing_is_held: str,
+) -> None:
+    handler, job, *_ = code()
+    policy = LEASED
+    if nothing_is_held == "unlimited":
+        policy = {**LEASED, "tiers": {"all": {"quotas": {"video": "unlimited"}}}}
+    backend = "redis://127.0.0.1:1/0" if nothing_is_held == "outage" else None
+    async with Limiter(policy, backend) as limiter, client_of(limiter, handler) as client:
+        answers = [await client.post("/v1/videos") for _ in range(2)]
+        for token in handler["queue"]:
+            await job["job"](limiter, token)
+
+    assert [one.status_code for one in answers] == [202, 202]
 
 
 async def test_reservation_of_the_page_costs_what_it_took() -> None:
