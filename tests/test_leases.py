@@ -703,6 +703,22 @@ async def test_slots_that_are_still_held_are_released_where_another_of_the_lease
     await limiter.close()
 
 
+@pytest.mark.fault("F11")
+async def test_limiter_that_is_not_enabled_asks_nobody_about_what_others_took() -> None:
+    async with Limiter(policy(refund_on=[500]), MemoryBackend(clock=Clock())) as others:
+        decision = await others.take(ANN, "video", settle_within=60)
+    token = decision.token
+
+    async with Limiter(policy(), "redis://127.0.0.1:1/0", enabled=False) as limiter:
+        async with limiter.leases.hold(token) as lease:
+            settled = await limiter.settle(token, 5)
+            refunded = await limiter.refund(decision)
+        renewed, released = await limiter.leases.renew(token), await limiter.leases.release(token)
+
+    assert (lease.lost, settled, renewed, released) == (False, False, True, False)
+    assert refunded is decision
+
+
 async def test_take_that_was_never_sent_has_nothing_to_release() -> None:
     limiter = Limiter(policy(), "redis://127.0.0.1:1/0")
 

@@ -21,7 +21,7 @@ from tieredlimit.backends import Backend, Charge, Claimed, MemoryBackend, Reply
 from tieredlimit.backends.backend import ComparingBackend, StaleError
 from tieredlimit.backends.breaker import Breaker
 from tieredlimit.backends.control import holds_of
-from tieredlimit.backends.holds import Holds
+from tieredlimit.backends.holds import Holds, NoHolds
 from tieredlimit.backends.server import DEFAULT_TIMEOUT
 from tieredlimit.backends.shared import is_over_redis
 from tieredlimit.backends.urls import backend_at
@@ -63,7 +63,7 @@ class Limiter(Peeking, Reserving):
         shards: The number of hash tags that keys are spread over, 1 to 1,024, so that a Redis
             Cluster can share the load: 64 there, else 1, where it is None. All processes of a
             namespace must say the same.
-        enabled: False allows everything and never asks the backend.
+        enabled: False allows everything and never asks the backend, nor about what others took.
         observers: Who is shown each decision, outage and revision.
         close: What is closed in this process whatever is published, and even where the store is
             down: `video:new, image` is a feature for a tier, and another for everyone. None is
@@ -134,7 +134,7 @@ class Limiter(Peeking, Reserving):
             complaints=self.complaints,
             changed=self._changed,
         )
-        self._ask_at(backend, holds_of(backend))
+        self._ask_at(backend, holds_of(backend) if enabled else NoHolds())
 
     @classmethod
     def from_env(cls, *, observers: Iterable[Observer] = ()) -> Self:

@@ -74,7 +74,7 @@ class Reserving(Deciding):
             BackendError: The store could not answer.
         """
         taken, demanded = decision.taken, decision.demanded
-        if demanded is None or demanded.refunded:
+        if demanded is None or demanded.refunded or not self.enabled:
             return decision
         if taken is None or not taken.buckets or not taken.cost:
             return decision

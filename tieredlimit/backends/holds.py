@@ -79,6 +79,33 @@ class Holds(Protocol):
         ...
 
 
+class NoHolds:
+    """Ask nobody, where the limiter is not enabled: what others took goes on; as `Holds`."""
+
+    async def renew(self, hold: Hold) -> bool:  # noqa: ARG002 -- as `Holds` has it, and below
+        """Say that it is held: nobody is to stop for a limit that is off."""
+        return True
+
+    async def release(self, hold: Hold) -> bool:  # noqa: ARG002
+        """Leave it to its time."""
+        return False
+
+    async def settle(self, record: str, corrections: Sequence[Correction]) -> Settled:  # noqa: ARG002
+        """Leave what was charged."""
+        return Settled(False, [])
+
+    async def refund(self, corrections: Sequence[Correction]) -> list[int]:  # noqa: ARG002
+        """Give back nothing."""
+        return []
+
+    async def level(self, key: str, quota: Quota) -> int:  # noqa: ARG002
+        """Return the debt of a full bucket."""
+        return 0
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
 def by_key(corrections: Sequence[Correction]) -> dict[str, list[Correction]]:
     """Return corrections by the key of their buckets, in their order."""
     grouped: dict[str, list[Correction]] = {}
