@@ -609,6 +609,23 @@ class TestCostsInTheBody:
         assert seen == [(400, 1)]
         assert (await left(limiter), await running(limiter)) == (980, 0)
 
+    @pytest.mark.fault("A3")
+    async def test_reservation_that_a_handler_enters_is_charged_once(self) -> None:
+        limiter = limiter_of(SLOTS, routes=[])
+        seen = []
+
+        async def render(request: Request) -> Response:
+            async with await request.state.tieredlimit.reserve("video", 600) as reservation:
+                seen.append((await left(limiter), await running(limiter)))
+                await reservation.settle(20)
+            seen.append((await left(limiter), await running(limiter)))
+            return PlainTextResponse("done")
+
+        answer = await post(starlette(limiter, render))
+
+        assert answer.status_code == 200
+        assert seen == [(400, 1), (980, 0)]
+
     async def test_reservation_is_denied_as_anything_is(self) -> None:
         limiter = limiter_of(routes=[])
 

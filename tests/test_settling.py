@@ -215,6 +215,32 @@ class TestReserving:
 
             assert (during.reason, after.reason, after.remaining) == ("concurrency", "allowed", 49)
 
+    async def test_what_was_taken_by_hand_is_not_taken_again_where_it_is_entered(
+        self, backend: Backend
+    ) -> None:
+        document = policy({"rate": "60/hour", "concurrency": 1, "lease": "1 minute"})
+        async with Limiter(document, backend) as limiter:
+            reservation = limiter.reserve(ANN, "video", 20)
+            taken = await reservation.take()
+
+            async with reservation:
+                during = await limiter.take(ANN, "video")
+            entered = reservation.decision
+            after = await limiter.take(ANN, "video")
+
+            assert entered is taken
+            assert (during.reason, after.reason, after.remaining) == ("concurrency", "allowed", 39)
+
+    async def test_reservation_that_is_entered_twice_is_taken_twice(self, limiter: Limiter) -> None:
+        reservation = limiter.reserve(ANN, "video", 20)
+        await reservation.take()
+
+        for _ in range(2):
+            async with reservation:
+                pass
+
+        assert await left(limiter) == [20, 560]
+
     async def test_reserving_what_is_unlimited_costs_nothing(self, limiter: Limiter) -> None:
         async with limiter.reserve(ANN, "image", 30) as reservation:
             assert not await reservation.settle(5)

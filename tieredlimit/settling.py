@@ -20,8 +20,9 @@ __all__ = ["Reservation", "corrections"]
 class Reservation:
     """Charge an estimate now and the true cost later; made by `Limiter.reserve`.
 
-    `async with` takes: it raises `Denied` where that is denied, keeps the lease of the take, if it
-    has one, while the block runs, and releases it at the end. What is never settled stands.
+    `async with` takes, if that was not done by hand: it raises `Denied` where that is denied, keeps
+    the lease of the take, if it has one, while the block runs, and releases it at the end. What is
+    never settled stands.
 
     Attributes:
         decision: What was decided.
@@ -35,6 +36,8 @@ class Reservation:
         self._taking = take
         self._settle = settle
         self._decision: Decision | None = None
+        # Whether it was taken by hand, and not entered yet.
+        self._waits = False
 
     @property
     def decision(self) -> Decision:
@@ -82,12 +85,14 @@ class Reservation:
         return self.token
 
     async def take(self) -> Decision:
-        """Take now, without `async with`: its lease is then yours to keep and release."""
+        """Take now: its lease is then yours to keep and release, or `async with` does it."""
         self._decision = await self._taking()
+        self._waits = self._decision.allowed
         return self._decision
 
     async def __aenter__(self) -> Self:
-        decision = await self.take()
+        decision = self.decision if self._waits else await self.take()
+        self._waits = False
         decision.raise_if_denied()
         if decision.lease is not None:
             await decision.lease.__aenter__()
