@@ -23,12 +23,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tieredlimit import Account, Limiter, TieredLimitMiddleware
+from tieredlimit import Account, Limiter, TieredLimitMiddleware, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,6 +43,8 @@ POLICY: dict[str, Any] = {
         }
     },
 }
+LONGEST = 60
+"""Seconds of the longest video: a cost of 0 would pass an empty bucket."""
 PACE = float(os.environ.get("VIDEO_JOBS_PACE", "1"))
 """Real seconds that a job takes to render one second of video."""
 
@@ -56,8 +59,13 @@ def create_app(limiter: Limiter) -> Starlette:
     jobs: set[asyncio.Task[None]] = set()
 
     async def order(request: Request) -> Response:
-        asked = await request.json()
-        account, seconds = Account(str(asked["account"])), int(asked["seconds"])
+        try:
+            asked = await request.json()
+            account, seconds = Account(asked["account"]), asked["seconds"]
+        except (KeyError, TypeError, ValueError, UsageError) as exc:
+            raise HTTPException(400, "an account and its seconds, please") from exc
+        if type(seconds) is not int or not 1 <= seconds <= LONGEST:
+            raise HTTPException(400, f"a video has from 1 to {LONGEST} seconds")
         limits = request.state.tieredlimit
         reservation = await limits.reserve("video", seconds, account=account)
         # From here on the slot is the job's to renew and to give back.

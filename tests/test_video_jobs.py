@@ -16,7 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from examples.video_jobs import POLICY, create_app
 from tests.servers import RedisServer
+from tieredlimit import Account, Limiter
+from tieredlimit.backends import MemoryBackend
 
 CHECKOUT = Path(__file__).parent.parent
 DEADLINE = 30.0
@@ -145,3 +148,25 @@ def test_what_is_too_much_is_denied_and_the_slots_come_back(
     wait_for(lambda: service.usage("bob")["running"] == 0)
     assert service.order("bob", 1).status_code == 202
     assert service.end().count("settled: True") == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"[]", b"null", b'{"account": "ada"}', b'{"account": "", "seconds": 1}'),
+        *(
+            b'{"account": "ada", "seconds": %s}' % one
+            for one in (b"-1", b"0", b"61", b"1.5", b'"x"')
+        ),
+    ],
+)
+async def test_order_of_nothing_that_can_be_rendered_is_refused_and_charges_nothing(
+    body: bytes,
+) -> None:
+    async with Limiter(POLICY, MemoryBackend()) as limiter:
+        transport = httpx.ASGITransport(app=create_app(limiter))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer = await client.post("/v1/videos", content=body)
+
+        assert answer.status_code == 400
+        assert (await limiter.peek(Account("ada"), "video")).remaining == 60
