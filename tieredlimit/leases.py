@@ -164,7 +164,7 @@ class Lease:
             return
         if self.lost:
             # Not over: one of its slots is lost, and others may be held until the job's end.
-            told = UsageError("its time was over before it was renewed, or the store was emptied")
+            told = BackendError("its time was over before it was renewed, or the store was emptied")
             self._leases.complaints.log("a lease was lost: its job may be over the limit", told)
         else:
             self._renew_in(pause)
