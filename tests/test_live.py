@@ -1021,6 +1021,22 @@ class TestLost:
         assert len(told) == 1
         assert f"the stored policy of revision {first} is in force" in told[0]
 
+    async def test_whoever_comes_back_to_the_file_it_was_given_says_so(
+        self, house: House, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.WARNING, "tieredlimit")
+        worker = await house.worker()
+        pushed = (await do(worker, overrides.push, POLICY)).number
+        await follows(worker, pushed)
+
+        await worker.control.undo()
+        await follows(worker, pushed + 1)
+
+        assert caplog.messages[-1] == (
+            f"tieredlimit: revision {pushed + 1} stores no policy, "
+            "and the one given here is in force again"
+        )
+
     @pytest.mark.fault("G2")
     async def test_broken_policy_leaves_the_one_in_force_and_is_reported(
         self, house: House, caplog: pytest.LogCaptureFixture

@@ -43,6 +43,7 @@ _MOST_CELLS = 100
 _FILE_INTERVAL = 0.5
 
 _OVERRULED = "tieredlimit: the stored policy of revision %d is in force, and not the one given here"
+_GIVEN_AGAIN = "tieredlimit: revision %d stores no policy, and the one given here is in force again"
 
 _log = logging.getLogger("tieredlimit")
 
@@ -183,8 +184,9 @@ class InForce:
                 table = self._rest_of(revision, self.table.policy)
             else:
                 self._overrides = revision.overrides
-            if self._given is not None and revision.base is not None and followed.base is None:
-                _log.warning(_OVERRULED, revision.number)
+            if self._given is not None and (revision.base is None) != (followed.base is None):
+                told = _GIVEN_AGAIN if revision.base is None else _OVERRULED
+                _log.warning(told, revision.number)
             self.revision, self.table = revision, table
             self._closures.check(table.policy)
             self._tallies.mark()
