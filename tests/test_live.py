@@ -136,6 +136,12 @@ async def redis_house(redis_url: str) -> AsyncIterator[House]:
     await house.close()
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for revisions as long as for decisions: the machine may be busy."""
+    monkeypatch.setattr(follow_module, "LOAD_TIMEOUT", PATIENCE)
+
+
 @pytest.fixture
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that hear of no revision, unless a decision tells them."""
@@ -867,7 +873,6 @@ class TestCalls:
     ) -> None:
         operator = redis_house.limiter()
         workers = [await redis_house.worker() for _ in range(2)]
-        monkeypatch.setattr(follow_module, "LOAD_TIMEOUT", PATIENCE)  # the machine may be busy
         loads = [count_heads(worker, monkeypatch) for worker in workers]
 
         for number in (1, 2):

@@ -147,7 +147,10 @@ class Ending:
 
 def being_cancelled() -> bool:
     """Say whether a `CancelledError` that came is this task's own, not of what it waited for."""
-    task = asyncio.current_task()
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs
+        return True
     return task is None or task.cancelling() > 0
 
 
