@@ -978,5 +978,6 @@ def test_override_changes_the_cell_and_a_closure_only_what_is_said() -> None:
     assert cell(RULED["wins"]).spell() == "7/day"
     assert cell(RULED["ramp"]) == cell(None) == policy.cell("free", "video")
     assert cell(RULED["wide"]).quotas == policy.cell("free", "video").quotas
-    assert cell(RULED["wide"]).messages == {"en": "video is closed to this account right now."}
+    assert policy.cell("new", "video").messages
+    assert cell_under(policy, "new", "video", RULED["wide"]).messages == {}
     assert policy_under(policy, cell(RULED["wins"])).cell("free", "video").spell() == "7/day"

@@ -286,7 +286,27 @@ def test_explained_page_has_the_overrides(workers: Workers) -> None:
     assert "override  close-1: video closed for tier free, until 20" in closed
     assert "403 Forbidden: an override closes it for " in closed
     assert "any language" not in closed
-    assert "en: video is closed to this account right now." in closed
+    assert "en: video is closed for now. Try again in 2 hours" in closed
+
+
+def test_explained_closure_lasts_as_long_as_another_one_below_it(workers: Workers) -> None:
+    run(workers, "close", "video", "--tier", "free", "--yes")
+    run(workers, "close", "video", "--account", "u1", "--for", "2h", "--yes")
+
+    answer = explained(workers, "--account", "u1", *OLD)["answer"]
+
+    assert answer["body"]["detail"] == "video is closed for now."
+    assert "retry-after" not in answer["headers"]
+
+
+def test_explained_closure_ends_where_an_override_opens(workers: Workers) -> None:
+    run(workers, "close", "video", "--all", "--message", "Later.", "--yes")
+    run(workers, "open", "video", "--account", "u1", "--from", "2100-01-01T00:00:00Z", "--yes")
+
+    answer = explained(workers, "--account", "u1", *OLD)["answer"]
+
+    assert answer["body"]["detail"] == "Later."
+    assert int(answer["headers"]["retry-after"]) > 70 * 365 * 86_400
 
 
 def test_explain_of_a_file_asks_no_redis_unless_told_to(workers: Workers) -> None:

@@ -11,6 +11,8 @@ from click.core import ParameterSource
 
 from tieredlimit._core.account import Account
 from tieredlimit._core.explanation import choose_tier, find_route, nearest_route
+from tieredlimit._core.force import reopens_in
+from tieredlimit._core.override import Override
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US, parse_instant
@@ -136,8 +138,7 @@ def command(
         if decision.allowed and standing.decision and not standing.decision.allowed:
             decision = standing.decision
     if winner is not None and winner.action == "close":
-        wait = None if winner.end_us is None else (winner.end_us - now) / SECOND_US
-        decision = Decision(False, "closed", decision.cell, cost, wait)
+        decision = _closed(head, winner, decision.cell, account, cost, now)
     explanation = Explanation(
         request,
         metered,
@@ -201,6 +202,15 @@ def _decide(policy: Policy, account: Account, now: int, cell: Cell, cost: int) -
         return asyncio.run(limiter.take(account, cell.feature, cost))
     except UsageError as exc:
         raise click.UsageError(printable(str(exc))) from exc
+
+
+def _closed(
+    head: Revision, closure: Override, cell: Cell, account: Account, cost: int, now: int
+) -> Decision:
+    """Return what a worker answers while an override closes a cell."""
+    overrides = [one for one in head.overrides if one.feature == cell.feature]
+    wait = reopens_in(closure, overrides, account, cell.tier, now)
+    return Decision(False, "closed", cell, cost, None if wait is None else wait / SECOND_US)
 
 
 def _echo_unmetered(policy: Policy, request: Request, as_json: bool) -> None:

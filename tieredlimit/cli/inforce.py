@@ -55,13 +55,13 @@ def cell_under(policy: Policy, tier: str, feature: str, override: Override | Non
     cell = policy.cell(tier, feature)
     if override is None or override.action == "open":
         return cell
-    messages = override.messages or cell.messages
     if override.action == "close":
-        plain = {"en": f"{feature} is closed to this account right now."}
-        return replace(cell, messages=messages or plain)
+        # The policy's messages are for what the policy denies: none of them is said here.
+        return replace(cell, messages=override.messages, closed_until_us=override.end_us)
     content = read_cell(Reading(), "quotas", feature, override.quotas)
     if content is None:  # as no revision that was read can have it
         return cell
+    messages = override.messages or cell.messages
     return replace(cell, quotas=content.quotas, unlimited=content.unlimited, messages=messages)
 
 
