@@ -237,6 +237,25 @@ def test_narrower_words_are_covered_and_wider_ones_are_not(outer: When, inner: W
     assert not inner.covers(outer)
 
 
+@given(whens, whens, accounts, instants)
+def test_rest_is_whoever_the_other_takes_in_and_this_one_does_not(
+    when: When, other: When, account: Account, now: int
+) -> None:
+    assume(when.contradiction() is None and other.contradiction() is None)
+
+    rest = when.rest_of(other)
+
+    holding = sum(matches(one, account, now) for one in rest)
+    taken = matches(when, account, now)
+    if rest == [other]:
+        event("all of it")
+    elif matches(other, account, now):
+        event("taken" if taken else "left")
+        assert holding == (not taken)
+    else:
+        assert holding == 0
+
+
 def document_when(when: When) -> dict[str, object]:
     """Return the `when` as a document has it, with seconds for microseconds."""
     words: dict[str, object] = {}

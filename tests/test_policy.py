@@ -653,6 +653,16 @@ def test_tier_without_a_when_before_the_last_is_refused() -> None:
         ([{"anonymous": True}, {"anonymous": False}], {"plan": "free"}, "t0, t1"),
         ([{"plan": "free"}, {"anonymous": True}, {"plan": "pro"}], {"plan": ["free", "pro"],
           "anonymous": True}, "t0, t1"),
+        ([{"account_age_below": "7 days"}, {"account_age_above": "7 days"}], {"plan": "pro"},
+          "t0, t1"),
+        ([{"account_age_above": "2 days"}, {"account_age_below": "3 days"}], {"tags": "beta"},
+          "t0, t1"),
+        ([{"created_before": "2026-01-01T00:00:00Z"}, {"created_after": "2026-01-01T00:00:00Z",
+           "account_age_below": "9 days"}, {"account_age_above": "9 days"}], {"plan": "pro"},
+          "t0, t1, t2"),
+        ([{"account_age_above": "1 day", "account_age_below": "2 days"},
+          {"account_age_above": "2 days", "account_age_below": "3 days"}],
+         {"account_age_above": "1 day", "account_age_below": "3 days"}, "t0, t1"),
     ],
 )  # fmt: skip
 def test_tier_that_no_account_reaches_is_refused(
@@ -673,6 +683,16 @@ def test_tier_that_no_account_reaches_is_refused(
         ([{"account_age_below": "6 days"}], {"account_age_below": "7 days"}),
         ([{"anonymous": True}], {"plan": "free"}),
         ([{"plan": "free"}, {"plan": "pro"}], {"anonymous": False}),
+        ([{"account_age_below": "7 days"}, {"account_age_above": "8 days"}], {"plan": "pro"}),
+        (
+            [{"account_age_below": "7 days"}, {"account_age_above": "7 days", "plan": "free"}],
+            {"tags": "beta"},
+        ),
+        (
+            [{"created_before": "2026-01-01T00:00:00Z"}, {"account_age_above": "7 days"}],
+            {"plan": "x"},
+        ),
+        ([{"account_age_below": "2 days"}], {"account_age_above": "2 days"}),
     ],
 )
 def test_tier_that_some_account_reaches_is_read(before: list[object], when: object) -> None:

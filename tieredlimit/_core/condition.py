@@ -19,6 +19,12 @@ WORDS = (
     "anonymous",
 )
 
+# What an account's age, and its making, must at least be, and what they must be below.
+_RANGES = (
+    ("account_age_above_us", "account_age_below_us"),
+    ("created_after_us", "created_before_us"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class When:
@@ -105,13 +111,47 @@ class When:
         Conservative: where it cannot be told from the words alone, the answer is no.
         """
         return (
-            _within(other.plan, self.plan)
-            and self.tags <= other.tags
-            and self.anonymous in (None, other.anonymous)
+            self._covers_kind(other)
             and _at_most(other.account_age_below_us, self.account_age_below_us)
             and _at_least(other.account_age_above_us, self.account_age_above_us)
             and _at_most(other.created_before_us, self.created_before_us)
             and _at_least(other.created_after_us, self.created_after_us)
+        )
+
+    def rest_of(self, other: When) -> list[When]:
+        """Return whom `other` takes in and this one does not, as conditions that share nobody.
+
+        Where it cannot be told from the words alone, that is all of `other`. Ages and instants can
+        be told: "below 7 days" leaves those who are older, and "above 7 days" nobody of these.
+        """
+        if not self._covers_kind(other) or not self._meets_ages(other):
+            return [other]
+        rest, inside = [], other
+        for least, most in _RANGES:
+            floor, ceiling = getattr(self, least), getattr(self, most)
+            if ceiling is not None:
+                rest.append(_raised(inside, least, ceiling))
+                inside = _lowered(inside, most, ceiling)
+            if floor is not None:
+                rest.append(_lowered(inside, most, floor))
+                inside = _raised(inside, least, floor)
+        return [one for one in rest if one.contradiction() is None]
+
+    def _covers_kind(self, other: When) -> bool:
+        """Say whether every account that matches `other` matches this one, but for its age."""
+        return (
+            _within(other.plan, self.plan)
+            and self.tags <= other.tags
+            and self.anonymous in (None, other.anonymous)
+        )
+
+    def _meets_ages(self, other: When) -> bool:
+        """Say whether an account may be of an age that both ask for."""
+        return (
+            _is_below(self.account_age_above_us, other.account_age_below_us)
+            and _is_below(other.account_age_above_us, self.account_age_below_us)
+            and _is_below(self.created_after_us, other.created_before_us)
+            and _is_below(other.created_after_us, self.created_before_us)
         )
 
     def parts(self) -> list[When]:
@@ -187,8 +227,24 @@ def read_when(reading: Reading, path: str, value: Any) -> When | None:
     return when
 
 
+def _raised(when: When, least: str, bound: int) -> When:
+    said = getattr(when, least)
+    given: dict[str, Any] = {least: bound if said is None else max(said, bound)}
+    return replace(when, **given)
+
+
+def _lowered(when: When, most: str, bound: int) -> When:
+    said = getattr(when, most)
+    given: dict[str, Any] = {most: bound if said is None else min(said, bound)}
+    return replace(when, **given)
+
+
 def _within(inner: frozenset[str] | None, outer: frozenset[str] | None) -> bool:
     return outer is None or (inner is not None and inner <= outer)
+
+
+def _is_below(least: int | None, most: int | None) -> bool:
+    return least is None or most is None or least < most
 
 
 def _at_most(inner: int | None, outer: int | None) -> bool:

@@ -8,6 +8,10 @@ from typing import Any
 from tieredlimit._core.condition import When
 from tieredlimit._core.reading import Reading, did_you_mean, join, spell
 
+# Into how many ranges of ages those are cut at most whom no tier has taken yet: with more of them
+# a tier may count as reachable that is not, and never the other way round.
+_MOST_PIECES = 16
+
 
 def read_order(reading: Reading, value: Any, tiers: Collection[str]) -> list[str] | None:
     """Read the order in which tiers are tried; None where it has a fault."""
@@ -49,13 +53,22 @@ def check_reach(
             continue
         if name == last:
             reading.fault(f"{path}.when", "the last tier takes everybody else: it has no `when`")
-        takers = [_taker(part, before) for part in when.parts()]
-        if None not in takers:
-            names = ", ".join(dict.fromkeys(taker for taker in takers if taker))
+        takers = [_takers(part, before) for part in when.parts()]
+        if all(takers):
+            names = ", ".join(dict.fromkeys(taker for some in takers for taker in some))
             reading.fault(path, f"is unreachable: every account it wants is taken by {names}")
         before.append((name, when))
 
 
-def _taker(part: When, tiers: Sequence[tuple[str, When]]) -> str | None:
-    """Return the first tier that takes every account that matches, None if none does."""
-    return next((name for name, when in tiers if when.covers(part)), None)
+def _takers(part: When, tiers: Sequence[tuple[str, When]]) -> list[str]:
+    """Return the tiers that together take every account that matches, none if somebody is left."""
+    left, takers = [part], []
+    for name, when in tiers:
+        rest = [one for piece in left for one in when.rest_of(piece)]
+        if rest != left:
+            takers.append(name)
+        if not rest:
+            return takers
+        if len(rest) <= _MOST_PIECES:
+            left = rest
+    return []
