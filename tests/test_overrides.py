@@ -929,6 +929,21 @@ class TestDiff:
         ]
         assert "features.song: removed" in [str(one) for one in diff(other, POLICY)]
 
+    def test_share_of_an_outage_is_told_where_there_is_one(self) -> None:
+        denying, local, half = (example() for _ in range(3))
+        denying["features"]["image"]["outage"] = "deny"
+        local["features"]["image"]["outage"] = "local"
+        half["features"]["image"].update(outage="local", outage_share="50%")
+        before, between, after = map(Policy.from_dict, (denying, local, half))
+
+        assert [str(one) for one in diff(before, between)] == [
+            "features.image.outage: deny -> local",
+            "features.image.outage_share: added: 10%",
+        ]
+        assert [str(one) for one in diff(between, after)] == [
+            "features.image.outage_share: 10% -> 50%"
+        ]
+
     def test_condition_that_goes_or_comes_is_told(self) -> None:
         document = example()
         document["order"] = ["new", "pro", "everyone", "free"]

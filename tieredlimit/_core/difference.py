@@ -100,6 +100,7 @@ def _features(old: Mapping[str, Feature], new: Mapping[str, Feature]) -> Iterato
         else:
             for word, was_said, is_said in (
                 ("outage", before.outage, after.outage),
+                ("outage_share", _spell_share(before), _spell_share(after)),
                 ("pool", *_spell_pools(before.pool, after.pool)),
                 ("refund_on", _spell_refunds(before), _spell_refunds(after)),
             ):
@@ -154,6 +155,11 @@ def _spell_pools(before: Pool | None, after: Pool | None) -> tuple[str | None, s
         leases, others = (_spell_leases([one.quota]) for one in (before, after))
         return f"{was}{leases}", f"{will}{others}"
     return was, will
+
+
+def _spell_share(feature: Feature) -> str | None:
+    """Return what each process gives out during an outage, None where that is no share."""
+    return f"{float(feature.outage_share * 100):g}%" if feature.outage == "local" else None
 
 
 def _spell_refunds(feature: Feature) -> str | None:
