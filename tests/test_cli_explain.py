@@ -265,6 +265,20 @@ def test_unlimited_says_that_the_response_says_nothing() -> None:
     ]
 
 
+def test_unlimited_is_given_out_in_no_shares_during_an_outage(tmp_path: Path) -> None:
+    path = tmp_path / "local.toml"
+    path.write_text(
+        '[features.a]\noutage = "local"\n[features.b]\noutage = "local"\n'
+        '[tiers.all]\nquotas = { a = "unlimited", b = "9/minute" }\n',
+        "utf-8",
+    )
+
+    unlimited, limited = (explain(path, "--feature", name)[-1] for name in "ab")
+
+    assert unlimited == "outage    allowed, for nothing limits it, while Redis cannot answer"
+    assert limited.startswith("outage    each process gives out 10% of the quotas by itself")
+
+
 def test_subjects_are_named_where_they_are_charged() -> None:
     within = "\n".join(
         explain(EXAMPLE, "--plan", "pro", "--within", "org=o7", "--feature", "video", "--cost", 8)

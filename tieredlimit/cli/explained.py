@@ -254,6 +254,8 @@ def _outage(explanation: Explanation) -> str:
     decision = explanation.decision
     if decision.reason in ("zero", "closed") or _never_fits(decision):
         return "the same while Redis cannot answer: it is not asked"
+    if explanation.feature.outage == "local" and not _limited(explanation):
+        return "allowed, for nothing limits it, while Redis cannot answer"
     if explanation.feature.outage == "allow":
         return "allowed, and not counted, while Redis cannot answer"
     if explanation.feature.outage == "local":
