@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tieredlimit._core.policy import Policy
 from tieredlimit.cli import main
 from tieredlimit.cli.table import lines
-from tieredlimit.cli.terminal import display_width, pad, width
+from tieredlimit.cli.terminal import display_width, folded, pad, width
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "policy.toml"
 
@@ -155,6 +155,20 @@ def test_no_line_is_wider_and_no_word_is_lost(rows: list[list[str]], columns: in
 def test_wide_characters_count_twice() -> None:
     assert display_width("画像e\u0301\u200d") == 5
     assert pad("画像", 6) == "画像  "
+
+
+@given(st.text(st.sampled_from("a 画동\u0301\x1b-")), st.integers(4, 30))
+def test_folded_text_keeps_its_words_and_the_width(text: str, columns: int) -> None:
+    lines = folded(text, columns)
+
+    words = text.replace("\x1b", "\\x1b").split()
+    assert " ".join(lines).split() == words
+    for line in lines:
+        assert display_width(line.strip()) <= columns or " " not in line.strip()
+
+
+def test_folded_text_keeps_its_indent() -> None:
+    assert folded("  one two three", 9) == ["  one two", "  three"]
 
 
 # --- What is shown

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from textwrap import wrap
 
 import click
 
@@ -32,7 +31,7 @@ from tieredlimit.cli.standing import (
     standing_document,
 )
 from tieredlimit.cli.table import quota_document
-from tieredlimit.cli.terminal import count, printable, width
+from tieredlimit.cli.terminal import count, folded, printable, width
 from tieredlimit.decision import Decision
 
 _LABEL = 10
@@ -273,13 +272,7 @@ def _never_fits(decision: Decision) -> bool:
 def _section(label: str, paragraphs: Sequence[str], colour: str | None = None) -> Iterator[str]:
     room = max(_NARROWEST, width() - _LABEL)
     for paragraph in paragraphs:
-        for line in wrap(
-            printable(paragraph),
-            room,
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        ):
+        for line in folded(paragraph, room):
             yield click.style(label.ljust(_LABEL), bold=True) + click.style(line, fg=colour)
             label = ""
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from struct import pack
-from textwrap import wrap
 from typing import Any
 
 import click
@@ -18,11 +17,13 @@ from tieredlimit._core.pool import Pool
 from tieredlimit._core.rate import SECOND_US, spell_duration
 from tieredlimit.cli.grid import grid
 from tieredlimit.cli.session import Session
-from tieredlimit.cli.terminal import count, printable, width
+from tieredlimit.cli.terminal import count, folded, width
 from tieredlimit.errors import BackendError
 
 # Giving nothing back is how a bucket is read by the clock of the server that holds it.
 _REFUND = files("tieredlimit.backends").joinpath("lua/refund.lua").read_text("utf-8")
+
+_NARROWEST = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +146,14 @@ def lines(
     policy: Policy, features: Sequence[str], tiers: Sequence[str], known: Known
 ) -> Iterator[str]:
     """Yield each pool of some features: what it is, how it stands, and what tiers get of it."""
+    room = max(_NARROWEST, width())
     for name, pool in pools_of(policy, features).items():
         yield ""
-        for i, line in enumerate(_folded(heading(pool, users(policy, pool)))):
+        for i, line in enumerate(folded(heading(pool, users(policy, pool)), room)):
             yield line if i else click.style(line, bold=True)
         level = known.get(name)
         if level is not None:
-            yield from _folded(f"now {state(level)}")
+            yield from folded(f"now {state(level)}", room)
         heads = ["tier", "leaves", "reaches"]
         if isinstance(level, Level):
             heads.append("can take now")
@@ -261,13 +263,3 @@ def _level(part: PoolPart, told: Iterator[Any]) -> Level | BackendError:
     if refused is not None:
         return refused
     return Level(part.pool, tuple(after for _, after in debts), tuple(held))
-
-
-def _folded(text: str) -> list[str]:
-    return wrap(
-        printable(text),
-        max(width(), 20),
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -54,6 +54,22 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def folded(text: str, columns: int) -> list[str]:
+    """Return a text as lines of so many columns at most, all but the first indented by two.
+
+    What would steer a terminal is spelled out. Only a single word is ever wider.
+    """
+    first, *words = printable(text).split(" ")
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        if display_width(longer) <= columns or not lines[-1].strip():
+            lines[-1] = longer
+        else:
+            lines.append(f"  {word}")
+    return lines
+
+
 def echo_json(document: Any) -> None:
     """Print a document as JSON."""
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
