@@ -432,6 +432,16 @@ def test_json_says_what_the_page_says() -> None:
     assert document["outage"] == "deny"
 
 
+def test_json_holds_nothing_that_steers_a_terminal() -> None:
+    plan = "\x1b[1m\x7f\x9b2J\u2028\u202e\u2066画\udcff"
+
+    result = run(EXAMPLE, "--plan", plan, "--feature", "video", "--json")
+
+    assert result.stdout.replace("\n", "").isprintable()
+    assert "画" in result.stdout
+    assert json.loads(result.stdout)["account"]["plan"] == plan
+
+
 def test_json_of_a_feature_has_no_request() -> None:
     document = as_json(EXAMPLE, "--account", "u1", "--plan", "pro", "--feature", "video")
 

@@ -19,6 +19,9 @@ _UNSEEN = {"Mn", "Me", "Cf"}
 _STEERING = {"Cc", "Cs", "Zl", "Zp"}
 _STEERING_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
+# The same, but for what JSON escapes anyway.
+_STEERING_IN_JSON = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def width() -> int:
     """Return how many columns a line may take."""
@@ -70,9 +73,11 @@ def folded(text: str, columns: int) -> list[str]:
     return lines
 
 
-def echo_json(document: Any) -> None:
-    """Print a document as JSON."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+def echo_json(document: Any, indent: int | None = 2) -> None:
+    """Print a document as JSON, with what would steer a terminal escaped; None is on one line."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    # All of it stands in strings, where an escape says the same.
+    click.echo(_STEERING_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _steers(character: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from tieredlimit.cli.pools import Known, Level, Share, level_document, levels, p
 from tieredlimit.cli.rates import Beats, Sample, between, spell_rate
 from tieredlimit.cli.session import Failure, Place, Session, connects, policy_of, run, session
 from tieredlimit.cli.spelled import brief
-from tieredlimit.cli.terminal import printable
+from tieredlimit.cli.terminal import echo_json, printable
 from tieredlimit.errors import BackendError, PolicyError
 
 _SHOWN = 10
@@ -89,7 +88,7 @@ async def _watch(place: Place, seconds: int | None, as_json: bool) -> None:
             glance = Glance(beats.now, fleet, sample, denied, pools, watched.tiers)
             if as_json:
                 fresh = [one for one in denied if one not in told]
-                click.echo(json.dumps(_document(replace(glance, denied=fresh)), ensure_ascii=False))
+                echo_json(_document(replace(glance, denied=fresh)), indent=None)
             else:
                 _show(glance, clear=place.pace.attended())
             before, told = after, set(denied)
