@@ -353,3 +353,13 @@ _values = st.recursive(
 @given(st.dictionaries(_texts, _values, max_size=4))
 def test_any_document_comes_back_from_toml(document: dict[str, Any]) -> None:
     assert tomllib.loads(to_toml(document)) == document
+
+
+def test_toml_holds_nothing_that_steers_a_terminal() -> None:
+    document = {"features": {"a\x9b": {"text": "\x1b[1m\x7f\x9b2J\u2028\u202e\u2066画"}}}
+
+    written = to_toml(document)
+
+    assert written.replace("\n", "").isprintable()
+    assert "画" in written
+    assert tomllib.loads(written) == document

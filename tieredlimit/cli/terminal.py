@@ -75,9 +75,12 @@ def folded(text: str, columns: int) -> list[str]:
 
 def echo_json(document: Any, indent: int | None = 2) -> None:
     """Print a document as JSON, with what would steer a terminal escaped; None is on one line."""
-    text = json.dumps(document, indent=indent, ensure_ascii=False)
-    # All of it stands in strings, where an escape says the same.
-    click.echo(_STEERING_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    click.echo(without_steering(json.dumps(document, indent=indent, ensure_ascii=False)))
+
+
+def without_steering(written: str) -> str:
+    """Return JSON, or TOML, with what would steer a terminal escaped: it stands in strings only."""
+    return _STEERING_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
 
 def _steers(character: str) -> bool:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tieredlimit.cli.terminal import without_steering
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -52,4 +54,4 @@ def _value(value: Any) -> str:
 
 def _text(text: str) -> str:
     # JSON's escapes are TOML's, once it writes no pairs of surrogates; TOML has one more.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return without_steering(json.dumps(text, ensure_ascii=False))
