@@ -85,6 +85,22 @@ async def test_smaller_cost_is_asked_about_and_a_larger_one_is_not() -> None:
     assert larger.retry_after == pytest.approx(30.0)
 
 
+@pytest.mark.parametrize("feature", [{}, {"refund_on": [500]}], ids=["plain", "refunding"])
+async def test_denial_after_a_smaller_take_tells_the_time_anew(feature: dict[str, Any]) -> None:
+    clock = Clock()
+    document = {**policy("10/minute"), "features": {"image": feature}}
+    limiter = Limiter(document, MemoryBackend(clock=clock))
+    await limiter.take(ANN, "image", 6)
+    before = await limiter.take(ANN, "image", 5)
+    await limiter.take(ANN, "image", 4)
+
+    after = await limiter.take(ANN, "image", 5)
+
+    assert before.retry_after == pytest.approx(6.0)
+    assert after.retry_after == pytest.approx(30.0)
+    assert (before.remaining, after.remaining) == (4, 0)
+
+
 async def test_denial_of_one_account_is_not_anothers() -> None:
     limiter, backend, _ = await exhausted("1/minute")
 

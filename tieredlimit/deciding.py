@@ -180,6 +180,8 @@ class Deciding:
         debts, held = reply.debts, held_of(reply)
         if not reply.allowed:
             return self._remembered(entry, cost, charges, reply, account)
+        if self._denials.held:
+            self._denials.forget(tuple([charge.key for charge in charges]))
         demands = entry.demands
         if demands is not None and demands.local is not None:
             self._local.note(entry, account, cost)
@@ -234,6 +236,8 @@ class Deciding:
             return self._conclude_more(entry, cost, reply, account, charges, claim)
         allowed, now, debts = reply
         if allowed:
+            if self._denials.held:
+                self._denials.forget(subject)
             entry.tally.allowed += 1
             # As `Decision(…)`, at half its cost.
             decision = new_tuple(

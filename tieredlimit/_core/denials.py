@@ -44,6 +44,10 @@ class Denials:
         lasts = min(wait_us, LONGEST_US)
         self.held[key] = (cost, now, now + lasts, local_us + lasts, debts, quotas)
 
+    def forget(self, key: object) -> None:
+        """Drop a denial of someone who was allowed a smaller cost since: the debts have grown."""
+        self.held.pop(key, None)
+
     def recall(
         self, key: object, cost: int, now: int, local_us: int, quotas: object = None
     ) -> list[int] | None:
