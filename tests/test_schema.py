@@ -27,6 +27,7 @@ from tieredlimit._core import cells, condition, document, features, pool, rows
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import parse_duration, parse_instant, parse_rate
 from tieredlimit._core.reading import Reading
+from tieredlimit._core.routes import Route
 from tieredlimit._core.slots import MAX_CONCURRENCY, read_slots
 
 SCHEMA: dict[str, Any] = json.loads(
@@ -235,7 +236,9 @@ WRONG_WHENS: list[object] = [
             with_cell(0, routes=routes)
             for routes in (
                 "POST /a", ["/a"], ["post /a"], ["POST a"], ["POST  /a"], ["POST /a b"],
-                ["GET /a?b=c"], [5], {"POST /a": 0}, {"POST /a": "1"}, {"/a": 1},
+                ["GET /a?b=c"], ["GET /a//b"], ["GET //a"], ["GET /a/{id"], ["GET /a/id}"],
+                ["GET /{}"], ["GET /{a:word}"], ["GET /{1a}"], ["GET /\x00"], ["GET /\x9b"],
+                [5], {"POST /a": 0}, {"POST /a": "1"}, {"/a": 1},
             )
         ],
         *[with_whens(new=when) for when in WRONG_WHENS],
@@ -296,6 +299,36 @@ def changed(path: Sequence[str], value: object) -> dict[str, Any]:
 def test_whatever_the_reader_takes_is_valid(path: list[str], value: object) -> None:
     document = changed(path, value)
     assert is_valid(document) or not is_read(document)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "/",
+                "a",
+                "{id}",
+                "{n:path}",
+                "{x:int}",
+                "{",
+                "}",
+                "{:}",
+                "{a:b}",
+                "*",
+                " ",
+                "%41",
+                "?",
+            ]
+        ),
+        max_size=6,
+        unique=True,
+    )
+)
+@example(["/", "a", "/", "/"])
+def test_schema_and_reader_agree_on_paths(parts: list[str]) -> None:
+    text = f"GET /{''.join(parts)}"
+
+    assert accepts("route", text) == _is_parsed(Route.parse, text)
 
 
 rates = st.from_regex(
