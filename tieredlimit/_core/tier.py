@@ -27,9 +27,6 @@ def default_outage_share() -> Fraction:
     return Fraction(1, 10)
 
 
-"""The share of each quota that a process gives out by itself, unless the policy says another."""
-
-
 @dataclass(frozen=True, slots=True)
 class Cell:
     """Say what one tier may do with one feature.
