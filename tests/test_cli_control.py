@@ -750,6 +750,7 @@ def test_operators_mistake_is_one_sentence(workers: Workers, words: list[str], t
         (["close", "video", "--all", "--until", "tonight"], "write 18:00"),
         (["open", "video", "--all", "--percent", "101"], "from 0.01 to 100"),
         (["close", "video", "--all", "--message", "a", "--message", "b"], "two texts for no"),
+        (["close", "video", "--all", "--message", "en=a", "--message", "EN=b"], 'language "EN"'),
         (["close", "video", "--all", "--message", "fr=a", "--message", "fr=b"], '"fr"'),
         (["set", "video", "{ rate = ", "--all"], "write it as in a policy file"),
         (["status", "--namespace", "No Good"], "1 to 32 of a-z"),

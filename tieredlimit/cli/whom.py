@@ -181,7 +181,7 @@ def texts_of(messages: Sequence[str]) -> Mapping[str, str]:
     for message in messages:
         found = _TAGGED.fullmatch(message)
         language, text = (found[1], found[2]) if found else ("", message)
-        if language in texts:
+        if language.lower() in map(str.lower, texts):
             which = f'the language "{language}"' if language else "no language"
             raise click.BadParameter(f"two texts for {which}", param_hint="'--message'")
         texts[language] = text
