@@ -159,6 +159,7 @@ async def test_table_of_the_page_holds_every_denial_and_no_other() -> None:
     }
 
     asked = [("image", 1), ("image", 9), *((feature, 1) for feature in policy["features"])]
+    asked.append(("pooled", 2))  # more than its pool ever lets through
 
     async with Limiter(policy) as limiter, Limiter(unreachable, NOWHERE) as lost:
         end = datetime.now(UTC) + timedelta(hours=1)
@@ -173,10 +174,28 @@ async def test_table_of_the_page_holds_every_denial_and_no_other() -> None:
     seen = {(a.status_code, d.reason, "retry-after" in a.headers) for d, a in answers}
     assert seen == told
     assert {a.media_type for _, a in answers} == {"application/problem+json"}
+    assert {d.reason for d, a in answers if "ratelimit" in a.headers} == {"quota", "zero"}
     types = dict(re.findall(r"^\| `([a-z]+:\S+)` \| (`[^|]*`) \| [^|]*\|$", PAGE, re.MULTILINE))
     assert {(json.loads(bytes(a.body))["type"], d.reason) for d, a in answers} == {
         (kind, reason) for kind in types for reason in re.findall(r"`(\w+)`", types[kind])
     }
+
+
+async def test_only_the_sentence_tells_a_full_pool_from_one_that_is_too_small() -> None:
+    slots = {"rate": "9/minute", "concurrency": 1, "lease": "1 minute"}
+    policy = {
+        "features": {"video": {"pool": slots}},
+        "tiers": {"all": {"quotas": {"video": "20/day"}}},
+    }
+    async with Limiter(policy) as limiter:
+        await limiter.take(Account("ada"), "video")
+
+        busy, small = [await limiter.take(Account("u"), "video", cost) for cost in (1, 10)]
+
+    told, said = [json.loads(bytes(one.response().body)) for one in (busy, small)]
+    assert told.pop("detail") != said.pop("detail")
+    assert told == said
+    assert said["retry_after"] is None
 
 
 async def test_fields_of_the_page_are_what_the_api_sends(api: Api, url: str) -> None:
