@@ -120,6 +120,31 @@ async def test_feature_taken_by_two_dependencies_and_a_route_is_charged_once(
     assert routed.headers["ratelimit"].startswith('"image-hour";r=1')
 
 
+@pytest.mark.parametrize(("refund", "left"), [({}, 1), ({"refund_on": [429]}, 2)])
+async def test_first_of_two_features_stays_charged_unless_it_is_refunded(
+    refund: dict[str, Any], left: int
+) -> None:
+    limiter = Limiter(
+        {
+            "features": {"image": refund, "video": {}},
+            "tiers": {"all": {"quotas": {"image": "3/hour", "video": "1/hour"}}},
+        }
+    )
+    app = FastAPI()
+    app.add_middleware(TieredLimitMiddleware, limiter=limiter)
+    both = [Depends(limited(feature, account=caller)) for feature in ("image", "video")]
+
+    @app.post("/both", dependencies=both)
+    async def make_both() -> None: ...
+
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answers = [await client.post("/both", headers={"x-user": "ada"}) for _ in range(2)]
+
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert (await limiter.peek(Account("ada"), "image")).remaining == left
+
+
 async def test_payer_that_comes_too_late_is_told_in_the_log(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
