@@ -160,7 +160,7 @@ async def log_in(users: int) -> dict[str, Any]:
         return made
 
     urls(PAGE.run("the view")["urlpatterns"])
-    identify = PAGE.run("the user")["user_of_session"]
+    identify = PAGE.run("the user")["identify"]
     limiter = tieredlimit.Limiter("policy.toml")
     app = tieredlimit.TieredLimitMiddleware(
         get_asgi_application(), limiter=limiter, identify=identify
