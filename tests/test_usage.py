@@ -33,12 +33,12 @@ from tieredlimit import (
     stored,
     usage_app,
 )
-from tieredlimit.backends import Claimed, MemoryBackend
+from tieredlimit.backends import Charge, Claimed, MemoryBackend, Reply
 from tieredlimit.identity import api_key
 from tieredlimit.testing import RecordingObserver, broken
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -209,6 +209,39 @@ async def test_closure_says_when_it_ends_and_when_this_account_should_come_back(
     assert bob["image"]["state"] == ada["image"]["state"] == "closed"
     assert (bob["image"]["until"], bob["image"]["retry_at"]) == (None, None)
     assert (ada["video"]["state"], ada["video"]["until"]) == ("zero", None)
+
+
+async def test_end_of_a_closure_is_told_as_it_was_announced(limiter: Limiter) -> None:
+    until = NOW + timedelta(hours=2, microseconds=3)
+    await limiter.control.close("video", everyone=True, until=until)
+
+    video = (await usage(limiter))["features"]["video"]
+
+    assert video["until"] == at(7200.000003)
+    assert (video["remaining"], video["capacity"]) == (None, None)
+
+
+class Counting(MemoryBackend):
+    asked = 0
+
+    async def take(self, charges: Sequence[Charge]) -> Reply:
+        self.asked += 1
+        return await super().take(charges)
+
+
+@pytest.mark.parametrize(("shards", "calls"), [(1, 1), (8, 3)])
+async def test_asking_costs_a_call_for_each_shard_and_not_for_each_feature(
+    shards: int, calls: int
+) -> None:
+    # By their names the two pools are on two shards of eight, and the account is on a third.
+    pool = {"pool": {"rate": "9/minute"}}
+    features: dict[str, Any] = {"a": pool, "b": pool, "c": {}, "d": {}, "e": {}}
+    policy = {"features": features, "tiers": {"all": {"quotas": dict.fromkeys(features, "5/day")}}}
+    backend = Counting()
+
+    await Limiter(policy, backend, shards=shards).usage(Account("u"))
+
+    assert backend.asked == calls
 
 
 async def test_pool_is_said_to_be_used_up_and_its_numbers_are_nobodys_business(

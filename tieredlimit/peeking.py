@@ -37,7 +37,8 @@ class Peeking(Deciding):
     async def usage(self, account: Account) -> dict[str, Decision]:
         """Return what a take of cost 1 would decide for every feature, charging nothing.
 
-        One call to the backend at most, whatever the number of features.
+        One call to the backend at most, whatever the number of features; where pools are on shards
+        of their own, one for each of these shards, all at once.
 
         Raises:
             UsageError: An id of the account cannot be stored.

@@ -36,8 +36,8 @@ def usage_app(
 ) -> ASGIApp:
     """Return an ASGI application that shows whoever asks what is left to them, and takes nothing.
 
-    It answers GET and HEAD at whatever path it is put, with one call to the backend at most. The
-    answer is JSON, as docs/usage.md has it; it has an ETag, and names no account.
+    It answers GET and HEAD at whatever path it is put, and asks as `limiter.usage` does. The answer
+    is JSON, as docs/usage.md has it; it has an ETag, and names no account.
 
     Args:
         limiter: What decides.
