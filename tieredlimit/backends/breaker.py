@@ -17,7 +17,7 @@ class Breaker:
 
     Closed, it counts failures in a row. Open, nothing is asked but for a probe now and then, at
     pauses that double up to a second, each by chance up to a third shorter, so that a fleet of
-    processes does not come back at once. Any answer closes it.
+    processes does not come back at once. An answer in time closes it.
 
     Attributes:
         open: Whether the server is not asked.

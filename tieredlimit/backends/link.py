@@ -246,7 +246,7 @@ class Link:
     def _probe(self) -> None:
         self._next_probe = None
         if not self.calls.breaker.open:
-            return  # a late reply has closed it
+            return  # the answer to an earlier call has closed it
         self.check_pulse()
         try:
             probe = self.calls.probe()
