@@ -227,9 +227,8 @@ def client_address(
         trusted_hops: How many proxies of ours every request passes. Each appends the address it saw
             to the header, so the client's is that many entries from the right; a header that is
             shorter gives its leftmost entry, one that is absent the peer. Who can reach us past a
-            proxy can be anyone: close that way. 0 is the peer as the server gives it; leave it at
-            0 where the server already puts the client's address there (uvicorn's
-            `--proxy-headers`).
+            proxy can be anyone: close that way. 0 is the peer as the server gives it, and will
+            do where the server has put the client's address there (uvicorn's `--proxy-headers`).
         header: The one header that these proxies write; the other is not read.
         ipv6_prefix: Bits that make a client: a host usually has a whole /64 to choose from.
         ipv4_prefix: The same for IPv4, and for IPv4 written as IPv6.
