@@ -177,7 +177,7 @@ class Decision(NamedTuple):
 
     @property
     def quotas(self) -> tuple[QuotaState, ...]:
-        """Every quota of the cell with its bucket; empty for zero, unlimited and an outage."""
+        """Every quota of the cell with its bucket; empty for zero, unlimited, closed, an outage."""
         debts: Sequence[int | None] = self.debts or [None] * len(self.limits)
         return tuple(
             self._state(quota, debt) for quota, debt in zip(self.limits, debts, strict=True)

@@ -27,8 +27,9 @@ class Policy:
     def load(cls, *paths: str | Path) -> Policy:
         """Read a TOML file, and lay any further ones over it in turn.
 
-        Tables merge; a cell, a message, a `when` and a feature's `routes` are replaced whole. With
-        several files, each fault and warning ends with the one that its place comes from.
+        Tables merge; a cell, a message, a `when`, a feature's `routes`, its own `pool` and every
+        list are replaced whole. With several files, each fault and warning ends with the one that
+        its place comes from.
 
         Raises:
             PolicyError: A file cannot be read, is no TOML, or the policy has faults: all of them.
