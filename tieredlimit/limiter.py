@@ -184,12 +184,12 @@ class Limiter(Peeking, Reserving):
 
     @property
     def unknown_plans(self) -> int:
-        """How often an account had a plan that no tier names."""
+        """How often an account had a plan that no tier names, peeks included."""
         return self._force.unknowns.plans
 
     @property
     def unknown_ages(self) -> int:
-        """How often an account's age was asked for, and not known."""
+        """How often an account's age was asked for, and not known, peeks included."""
         return self._force.unknowns.ages
 
     @property

@@ -69,12 +69,12 @@ class Counted(Protocol):
 
     @property
     def unknown_plans(self) -> int:
-        """Decisions for a plan that the policy does not know."""
+        """Lookups of an account whose plan the policy does not know."""
         ...
 
     @property
     def unknown_ages(self) -> int:
-        """Decisions that asked for an age that is not known."""
+        """Lookups that asked for an age that is not known."""
         ...
 
 
@@ -156,12 +156,12 @@ class PrometheusCollector:
         )
         plans = CounterMetricFamily(
             "tieredlimit_unknown_plans",
-            "Decisions for an account whose plan the policy does not know.",
+            "Lookups of an account whose plan the policy does not know.",
             labels=label,
         )
         ages = CounterMetricFamily(
             "tieredlimit_unknown_ages",
-            "Decisions that asked for an age that the account did not have.",
+            "Lookups that asked for an age that the account did not have.",
             labels=label,
         )
         for limiter in limiters:
