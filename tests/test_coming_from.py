@@ -715,6 +715,23 @@ class Meeting:
         return {}
 
 
+async def test_view_of_flask_finds_what_was_decided_where_the_page_says(
+    at_page: Callable[[Page], Page], by_clock: Clock
+) -> None:
+    here = at_page(FLASK).run("Flask as it is")
+    (expression,) = re.findall(r"`(request\.environ\[.*)`", FLASK.text)
+    left: list[int] = []
+
+    def look() -> None:
+        left.append(eval(expression, {"request": flask.request}))
+
+    here["flask"].before_request(look)
+
+    await statuses(here["app"], "/images", 2)
+
+    assert left == [4, 3]
+
+
 async def test_denied_request_never_reaches_a_thread_of_flask(
     at_page: Callable[[Page], Page], by_clock: Clock
 ) -> None:
