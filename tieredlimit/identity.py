@@ -221,7 +221,8 @@ def client_address(
 ) -> Callable[[HTTPConnection], Account]:
     """Identify by the client's address, as an anonymous account. Knows everybody.
 
-    What is no address shares one account, `unknown`, whatever text it is.
+    What a header has in an address's place shares one account, `unknown`, whatever text it is; a
+    short name by which the server calls the peer, such as `testclient`, is kept.
 
     Args:
         trusted_hops: How many proxies of ours every request passes. Each appends the address it saw
