@@ -940,7 +940,7 @@ class NeverAgain(AlwaysStale):
         times: tuple[int, int] | None = None,
     ) -> Reply:
         if self.takes:
-            self.takes += 1
+            self.takes += len(charges)  # a heartbeat asks with none
             never: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
             return await never
         return await super().take(charges, stamp, times)
@@ -1295,6 +1295,84 @@ class TestBreakGlass:
         await becomes(lambda: worker.take(OLD, "image"), "allowed")
 
         assert image == "closed"
+
+
+class TestUnopened:
+    """Workers that no lifespan opens, as behind Daphne: their first request does."""
+
+    async def test_who_needs_no_answer_hears_of_what_opens(self, redis_house: House) -> None:
+        zero = base(video={"routes": ["POST /videos"], "quotas": 0})
+        operator, worker = await redis_house.worker(zero), redis_house.limiter(zero)
+        async with client_of(worker) as client:
+            before = await client.post("/videos")
+            await operator.control.set("video", "5/day", everyone=True)
+            await follows(worker, 1)
+            after = await client.post("/videos")
+
+        assert (before.status_code, after.status_code) == (403, 200)
+
+    async def test_who_takes_without_the_middleware_does_so_too(self, redis_house: House) -> None:
+        zero = base(video={"quotas": 0})
+        operator, worker = await redis_house.worker(zero), redis_house.limiter(zero)
+
+        assert await reason(worker, NEW) == "zero"
+        await operator.control.set("video", "5/day", everyone=True)
+        await follows(worker, 1)
+        assert await reason(worker, NEW) == "allowed"
+
+    async def test_who_meters_nothing_hears_of_a_route_that_is_metered_now(
+        self, redis_house: House
+    ) -> None:
+        operator, worker = await redis_house.worker(), redis_house.limiter()
+        async with client_of(worker) as client:
+            before = await client.post("/speech")
+            speech = base(speech={"routes": ["POST /speech"], "quotas": 0})
+            await do(operator, overrides.push, speech)
+            await follows(worker, 1)
+            after = await client.post("/speech")
+
+        assert (before.status_code, after.status_code) == (200, 403)
+
+    async def test_file_of_closures_is_looked_at(self, house: House, tmp_path: Path) -> None:
+        file = tmp_path / "close"
+        worker = house.limiter(close_file=file)
+        async with client_of(worker) as client:
+            before = await client.post("/videos")
+            file.write_text("video")
+            await until(lambda: worker._force._in_file)
+            after = await client.post("/videos")
+
+        assert (before.status_code, after.status_code) == (200, 403)
+
+    async def test_closed_worker_follows_again_once_it_is_asked(self, redis_house: House) -> None:
+        zero = base(video={"routes": ["POST /videos"], "quotas": 0})
+        worker = await redis_house.worker(zero)
+        await worker.close()
+        closed = worker.following
+
+        async with client_of(worker) as client:
+            await client.post("/videos")
+
+        assert (closed, worker.following) == (False, True)
+
+    async def test_switched_off_it_lets_all_through_though_no_policy_was_loaded(
+        self, house: House
+    ) -> None:
+        worker = house.limiter(stored(), enabled=False)
+
+        async def take(scope: Scope, receive: Receive, send: Send) -> None:
+            (await scope["state"]["tieredlimit"].take("video")).raise_if_denied()
+            await done(scope, receive, send)
+
+        app = TieredLimitMiddleware(take, limiter=worker, identify=by_header)
+        transport = httpx.ASGITransport(app)
+        async with worker, httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer = await client.post("/videos")
+            decision = await worker.take(NEW, "video")
+
+        assert answer.status_code == 200
+        assert (decision.allowed, decision.tier) == (True, "")
+        assert not worker.following
 
 
 class TestProcesses:

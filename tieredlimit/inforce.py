@@ -71,6 +71,7 @@ class InForce:
         revision: What is followed: its number may be ahead of what could be read of it.
         store: Where revisions live; None where the backend has no such thing.
         unknowns: The plans and ages that billing did not say.
+        followed: Whether this process follows what is in force, where there is anything to follow.
     """
 
     def __init__(
@@ -119,6 +120,9 @@ class InForce:
         if self._given is not None:
             self.table = self._build(self._given, ())
             self._closures.check(self._given)
+        in_memory = isinstance(self.store, MemoryControl)
+        self._watched = self.store is not None and not (in_memory and self._closures.file is None)
+        self.followed: bool = not self._watched and self.table is not None
         if isinstance(self.store, MemoryControl):
             self.store.follow(self)
         if is_over_redis(backend):
@@ -127,8 +131,9 @@ class InForce:
         anew_after_fork(self)
 
     def leave_to_parent(self) -> None:
-        """Wait for no thread of the parent in the child of a fork."""
+        """In the child of a fork wait for no thread of the parent, and follow anew."""
         self._lock = RLock()
+        self.followed = not self._watched
 
     def table_at(self, now: int) -> Table:
         """Return the table that is for this instant.
@@ -243,9 +248,8 @@ class InForce:
 
     def follow(self) -> None:
         """Watch the store from this event loop, if that is not done already."""
-        if self.store is None or (
-            isinstance(self.store, MemoryControl) and self._closures.file is None
-        ):
+        self.followed = True
+        if self.store is None or not self._watched:
             return
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -296,6 +300,7 @@ class InForce:
         """Stop following from this event loop."""
         with self._lock:
             follower = self._followers.pop(asyncio.get_running_loop(), None)
+            self.followed = not self._watched or len(self._followers) > 0
         if follower is not None:
             await follower.stop()
         elif self.store is not None:

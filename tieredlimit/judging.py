@@ -12,6 +12,7 @@ from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.rate import SECOND_US
 from tieredlimit._core.reading import did_you_mean, spell
 from tieredlimit._core.table import Entry, Table
+from tieredlimit._core.tier import Cell
 from tieredlimit.decision import Decision, Reason
 from tieredlimit.demanded import Demanded, pool_wait_us
 from tieredlimit.errors import UsageError
@@ -81,6 +82,11 @@ def settled(entry: Entry, cost: int, *, asks: bool) -> Decision | None:
         demanded = Demanded(entry, cost, allowed=False) if entry.demands else None
         return Decision(False, reason, cell, cost, None, entry.quotas, demanded=demanded)
     return None
+
+
+def unlimited(feature: str, cost: int) -> Decision:
+    """Return the decision where no policy limits a feature: allowed, in no tier ("")."""
+    return Decision(True, "allowed", Cell(feature, "", (), unlimited=True, messages={}), cost)
 
 
 def closed(

@@ -16,7 +16,6 @@ from tieredlimit._core.keys import IdSecret, Layout
 from tieredlimit._core.policy import Policy
 from tieredlimit._core.table import Table
 from tieredlimit._core.tally import CallStats, Samples, Tallies
-from tieredlimit._core.tier import Feature
 from tieredlimit.backends import Backend, Charge, Claimed, MemoryBackend, Reply
 from tieredlimit.backends.backend import ComparingBackend, StaleError
 from tieredlimit.backends.breaker import Breaker
@@ -30,7 +29,7 @@ from tieredlimit.decision import Decision
 from tieredlimit.environment import DEFAULT_NAMESPACE, from_environment
 from tieredlimit.errors import BackendError, UsageError
 from tieredlimit.inforce import InForce, Stored
-from tieredlimit.judging import require_account
+from tieredlimit.judging import require_account, unlimited
 from tieredlimit.leases import Leases
 from tieredlimit.local import Local
 from tieredlimit.observe import Observer, Observers
@@ -218,11 +217,6 @@ class Limiter(Peeking, Reserving):
         table = self._force.table
         return table is not None and table.refunds
 
-    def feature(self, name: str) -> Feature | None:
-        """Return what the policy in force says of a feature, None if it has none of that name."""
-        table = self._force.table
-        return None if table is None else table.policy.features.get(name)
-
     @property
     def _table(self) -> Table:
         return self._force.table_at(self.backend.now())
@@ -237,6 +231,19 @@ class Limiter(Peeking, Reserving):
             await self.backend.open()
             await self._force.open()
 
+    def follow(self) -> None:
+        """Follow what is in force from this event loop, without waiting for it, if it is enabled.
+
+        The middleware and the first take see to it where nobody has opened the limiter.
+        """
+        if self.enabled:
+            self._force.follow()
+
+    def _let_all_through(self) -> bool:
+        """Follow from now on; say whether there is neither a policy nor a need for one."""
+        self.follow()
+        return self._switched_off
+
     async def close(self) -> None:
         """Give back what this event loop holds. Buckets stay; a later take opens again."""
         await self._force.close()
@@ -248,6 +255,11 @@ class Limiter(Peeking, Reserving):
     def ready(self) -> bool:
         """Whether there is a policy to decide by: false where a stored one was not loaded yet."""
         return self._force.table is not None
+
+    @property
+    def following(self) -> bool:
+        """Whether there is a policy, and what changes it is followed; false once it is closed."""
+        return self._force.followed and self._force.table is not None
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -261,19 +273,7 @@ class Limiter(Peeking, Reserving):
     ) -> None:
         await self.close()
 
-    def match(
-        self, method: str, path: str, *, outside_root: bool = False
-    ) -> tuple[str, int] | None:
-        """Return the feature and the cost that a request is metered as, None if it is not.
-
-        `path` is decoded and below the application's root path; `outside_root` says that there is
-        one and that the path does not begin with it.
-        """
-        # Whichever instant a table is for, its routes are the policy's.
-        table = self._force.table or self._table
-        return table.match(method, path, outside_root=outside_root)
-
-    async def take(
+    async def take(  # noqa: C901 -- in parts it would cost each take a coroutine more
         self,
         account: Account,
         feature: str,
@@ -307,6 +307,8 @@ class Limiter(Peeking, Reserving):
         keep_us = 0 if settle_within is None else kept_us(settle_within)
         if type(account) is not Account:
             require_account(account)
+        if not self._force.followed and self._let_all_through():
+            return unlimited(feature, cost)
         for _ in range(1 + _MOST_REDECISIONS):
             decision, entry, subject, charges, stamp, times, claim = self._ask(
                 account, feature, cost, at, keep_us
@@ -345,7 +347,7 @@ class Limiter(Peeking, Reserving):
         Raises:
             UsageError: As `take`.
         """
-        if self._take_now is None or type(account) is not Account:
+        if self._take_now is None or type(account) is not Account or not self._force.followed:
             return None
         decision, entry, subject, charges, _, _, claim = self._ask(account, feature, cost)
         if decision is not None:
@@ -383,10 +385,6 @@ class Limiter(Peeking, Reserving):
             self._claim = self._memory.claim
         if isinstance(backend, MemoryBackend) and type(backend).take is MemoryBackend.take:
             self._take_now = backend.take_now
-
-    def tier_of(self, account: Account) -> str:
-        """Return the name of the tier that the account falls in now, by the backend's clock."""
-        return self._table.tier_of(account, self.backend.now())
 
 
 async def _nobody(*_: object) -> Claimed:

@@ -103,7 +103,7 @@ class TieredLimitMiddleware:
         if limits is None:
             limits = self._limits(scope)
         try:
-            if not self.limiter.ready and not await get_ready(self.limiter, "requests are"):
+            if not self.limiter.following and not await get_ready(self.limiter, "requests are"):
                 await unready(scope, receive, send)
                 return
             metered = self._metered(scope)

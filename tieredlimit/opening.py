@@ -13,10 +13,14 @@ __all__ = ["get_ready", "lifespan", "unready"]
 
 
 async def get_ready(limiter: Limiter, what: str) -> bool:
-    """Load the stored policy, where no lifespan has done so; say whether there is one now.
+    """Follow, and load a stored policy, where no lifespan has done so; say whether to go on.
 
-    `what` is answered 503 meanwhile, as the log will have it.
+    `what` is answered 503 until there is a policy, as the log will have it. A limiter that is not
+    enabled needs none, and one that has a policy keeps nobody waiting.
     """
+    if limiter.ready or not limiter.enabled:
+        limiter.follow()
+        return True
     try:
         await limiter.open()
     except (BackendError, UsageError) as exc:

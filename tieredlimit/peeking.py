@@ -8,18 +8,40 @@ from collections.abc import Sequence
 from tieredlimit._core.account import Account
 from tieredlimit._core.quota import MAX_AMOUNT
 from tieredlimit._core.table import Entry, Table
-from tieredlimit._core.tier import Cell
+from tieredlimit._core.tier import Feature
 from tieredlimit.backends import Charge, Claim, Claimed, Reply, Slot
 from tieredlimit.deciding import Deciding, demanded, held_of
 from tieredlimit.decision import Decision
 from tieredlimit.errors import BackendError, UsageError
-from tieredlimit.judging import checked, judged, judged_demanding, named
+from tieredlimit.judging import checked, judged, judged_demanding, named, unlimited
 
 __all__ = ["Peeking"]
 
 
 class Peeking(Deciding):
     """What `Limiter` answers without charging anything; a peek is not counted, nor shown."""
+
+    def feature(self, name: str) -> Feature | None:
+        """Return what the policy in force says of a feature, None if it has none of that name."""
+        table = self._force.table
+        return None if table is None else table.policy.features.get(name)
+
+    def match(
+        self, method: str, path: str, *, outside_root: bool = False
+    ) -> tuple[str, int] | None:
+        """Return the feature and the cost that a request is metered as, None if it is not.
+
+        `path` is decoded and below the application's root path; `outside_root` says that there is
+        one and that the path does not begin with it.
+        """
+        # Whichever instant a table is for, its routes are the policy's.
+        table = self._force.table or self._force.table_at(self.backend.now())
+        return table.match(method, path, outside_root=outside_root)
+
+    def tier_of(self, account: Account) -> str:
+        """Return the name of the tier that the account falls in now, by the backend's clock."""
+        now = self.backend.now()
+        return self._force.table_at(now).tier_of(account, now)
 
     async def peek(self, account: Account, feature: str, cost: int = 1) -> Decision:
         """Return what `take` would decide now, charging nothing.
@@ -59,6 +81,8 @@ class Peeking(Deciding):
         Raises:
             UsageError: The feature is unknown.
         """
+        if self._switched_off:
+            return unlimited(feature, cost)
         now = self.backend.now()
         table = self._force.table_at(now)
         found = [named(table, tier.name, feature) for tier in table.policy.tiers]
@@ -84,7 +108,12 @@ class Peeking(Deciding):
         told = UsageError("take it out of the application, or keep it in the policy as unlimited")
         gone = f'the policy in force has no feature "{feature}" any more: it is not limited'
         self.complaints.log(gone, told)
-        return Decision(True, "allowed", Cell(feature, "", (), unlimited=True, messages={}), cost)
+        return unlimited(feature, cost)
+
+    @property
+    def _switched_off(self) -> bool:
+        """Whether all is let through, and there is no policy to name a tier by."""
+        return not self.enabled and self._force.table is None
 
     async def _peek_all(
         self, table: Table, account: Account, entries: Sequence[Entry], cost: int, now: int

@@ -74,8 +74,9 @@ class _Usage:
     async def _answer(self, scope: Scope) -> ASGIApp:
         if scope["method"] not in _METHODS:
             return PlainTextResponse("Method Not Allowed", 405, {"allow": ", ".join(_METHODS)})
-        if not self._limiter.ready and not await get_ready(self._limiter, "usage is"):
-            return unready
+        await get_ready(self._limiter, "usage is")
+        if not self._limiter.ready:
+            return unready  # switched off, there may never be one
         connection = HTTPConnection(scope)
         accept_language = connection.headers.get("accept-language")
         limits = self._limits(scope)

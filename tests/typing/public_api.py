@@ -128,6 +128,8 @@ async def decisions(limiter: Limiter, account: Account) -> None:
     assert_type(limiter.policy, Policy)
     assert_type(limiter.revision, tuple[int, str])
     assert_type(limiter.ready, bool)
+    assert_type(limiter.following, bool)
+    limiter.follow()
 
     assert_type(decision.allowed, bool)
     reason: Reason = decision.reason
