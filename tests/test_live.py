@@ -1339,7 +1339,7 @@ class TestUnopened:
         async with client_of(worker) as client:
             before = await client.post("/videos")
             file.write_text("video")
-            await until(lambda: worker._force._in_file)
+            await until(lambda: worker._force._closures._in_file)
             after = await client.post("/videos")
 
         assert (before.status_code, after.status_code) == (200, 403)
