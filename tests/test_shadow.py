@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -794,22 +794,25 @@ async def decide_three_ways(
         )
     )
     enforced = Limiter(policy(shadow), backends[2], namespace=f"{name}c")
-    for i, (move_us, account, cost, change) in enumerate(steps):
-        clock.now += move_us
-        for limiter in (both, alone) if change else ():
-            with suppress(UsageError):  # there is nothing to close, or to open
-                await getattr(limiter.control, change)("image", account="ann")
+    async with AsyncExitStack() as stack:
+        for limiter in (both, alone, enforced):
+            stack.push_async_callback(limiter.close)
+        for i, (move_us, account, cost, change) in enumerate(steps):
+            clock.now += move_us
+            for limiter in (both, alone) if change else ():
+                with suppress(UsageError):  # there is nothing to close, or to open
+                    await getattr(limiter.control, change)("image", account="ann")
 
-        with_it = await both.take(account, "image", cost)
-        without_it = await alone.take(account, "image", cost)
-        await enforced.take(account, "image", cost)
+            with_it = await both.take(account, "image", cost)
+            without_it = await alone.take(account, "image", cost)
+            await enforced.take(account, "image", cost)
 
-        assert _told(with_it) == _told(without_it)
-        tally = enforced.tallies.of("image", "free")
-        assert await measured(both, tally.allowed, tally.quota + tally.zero)
-        assert sum(in_shadow(both)) == i + 1
-    in_force = {word: count for word, count in counts(both).items() if "shadow" not in word}
-    assert in_force == counts(alone)
+            assert _told(with_it) == _told(without_it)
+            tally = enforced.tallies.of("image", "free")
+            assert await measured(both, tally.allowed, tally.quota + tally.zero)
+            assert sum(in_shadow(both)) == i + 1
+        in_force = {word: count for word, count in counts(both).items() if "shadow" not in word}
+        assert in_force == counts(alone)
 
 
 def _told(decision: Decision) -> tuple[object, ...]:
