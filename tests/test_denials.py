@@ -60,6 +60,16 @@ async def test_denied_account_that_hammers_asks_nobody_until_a_second_has_passed
     assert again.retry_after == pytest.approx(59.0)
 
 
+async def test_bucket_that_has_filled_since_the_denial_is_told_as_full_and_no_fuller() -> None:
+    limiter, backend, clock = await exhausted("1/minute", "50/second")
+
+    clock.now += SECOND // 2
+    denied = await limiter.take(ANN, "image")
+
+    assert backend.asked == 0
+    assert [quota.remaining for quota in denied.quotas] == [0, 50]
+
+
 async def test_retry_at_its_time_asks_and_is_allowed() -> None:
     limiter, backend, clock = await exhausted("4/second")
 
