@@ -64,9 +64,8 @@ def test_take_leaves_what_it_must_and_waits_exactly_until_it_does(
     assert (taken is None) == (wait != 0)
     if taken is not None:
         assert remaining(bucket, taken) >= left
-    if wait is None:
-        assert cost > capacity - left
-    elif wait:
+    assert (wait is None) == (cost > capacity - left)
+    if wait:
         assert debit(bucket, debt_us, wait - 1, cost) is None
         later = debit(bucket, debt_us, wait, cost)
         assert later is not None
