@@ -341,3 +341,72 @@ class TestSlots:
             again = await limiter.take(Account("u2", plan="new"), "video")
 
             assert (denied.reason, denied.retry_after, again.reason) == ("pool", None, "allowed")
+
+
+class TestReasons:
+    """What a denial is laid to where several things may deny, and when it is over."""
+
+    async def test_any_of_the_accounts_own_quotas_denies_before_the_pool(
+        self, clock: Clock
+    ) -> None:
+        limiter = Limiter(policy(["2/minute", "9/day"]), MemoryBackend(clock=clock))
+        await limiter.take(Account("u1"), "video", 2)
+
+        denied = await limiter.take(Account("u1"), "video")
+
+        assert (denied.reason, denied.retry_after) == ("quota", 30.0)
+
+    async def test_longest_wait_is_told_whoever_denies(self, clock: Clock) -> None:
+        document = policy("60/minute", rate="60/hour", capacity=60, leave={})
+        limiter = Limiter(document, MemoryBackend(clock=clock))
+        await limiter.take(Account("u1"), "video", 60)
+
+        both = await limiter.take(Account("u1"), "video")
+        peeked = await limiter.peek(Account("u2"), "video")
+
+        assert (both.reason, both.retry_after) == ("quota", 60.0)
+        assert (peeked.allowed, peeked.reason, peeked.retry_after) == (False, "pool", 60.0)
+
+    async def test_missing_slot_has_no_time_though_the_pool_has_one(self, clock: Clock) -> None:
+        own = {"rate": "9/day", "concurrency": 1, "lease": "1 minute"}
+        document = policy(own, rate="60/hour", capacity=1, leave={})
+        limiter = Limiter(document, MemoryBackend(clock=clock))
+        await limiter.take(Account("u1"), "video")
+
+        denied = await limiter.take(Account("u1"), "video")
+
+        assert (denied.reason, denied.retry_after) == ("concurrency", None)
+
+    async def test_peek_says_that_a_slot_is_missing(self, clock: Clock) -> None:
+        own = {"rate": "9/day", "concurrency": 1, "lease": "1 minute"}
+        limiter = Limiter(policy(own), MemoryBackend(clock=clock))
+        await limiter.take(Account("u1"), "video")
+
+        peeked = await limiter.peek(Account("u1"), "video")
+
+        assert (peeked.allowed, peeked.reason, peeked.retry_after) == (False, "concurrency", None)
+
+    async def test_cost_that_fits_the_quota_and_never_the_pool_is_denied_by_the_pool(
+        self, clock: Clock
+    ) -> None:
+        document = policy("5/day", capacity=5, leave={"new": 1})
+        limiter = Limiter(document, MemoryBackend(clock=clock))
+
+        whole = await limiter.take(Account("u1", plan="new"), "video", 5)
+        beyond = await limiter.take(Account("u1", plan="new"), "video", 6)
+
+        assert (whole.reason, whole.retry_after) == ("pool", None)
+        assert (beyond.reason, beyond.retry_after) == ("quota", None)
+
+    async def test_takes_are_counted_as_they_end(self, clock: Clock) -> None:
+        document = policy("2/day", capacity=3, leave={})
+        limiter = Limiter(document, MemoryBackend(clock=clock))
+
+        for name in ("u1", "u1", "u1", "u2", "u2"):
+            await limiter.take(Account(name), "video")
+
+        assert limiter.tallies.of("video", "free").counts() == {
+            "allowed": 3,
+            "quota": 1,
+            "pool": 1,
+        }
