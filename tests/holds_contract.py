@@ -84,6 +84,13 @@ async def take(backend: Backend, charges: Sequence[Charge], claimed: Claim) -> C
     return await backend.claim(charges, claimed)
 
 
+async def give_back(holds: Holds, by: str, of: Claim, given: Sequence[Correction]) -> list[int]:
+    """Give back by settling or by a refund, and return the debts since."""
+    if by == "refund":
+        return list(await holds.refund(given))
+    return list((await holds.settle(of.record, given)).debts)
+
+
 async def admitted(backend: Backend, of: Slot, most: int = 20) -> int:
     """Return how many more may hold a slot at once, and leave it as it was."""
     given = [claim(of) for _ in range(most)]
@@ -343,6 +350,7 @@ class HoldsContract:
     ) -> None:
         one = slot()
         await take(backend, [], claim(one))
+        await take(backend, [], claim(one))  # denied
         clock.advance(-step_back)
 
         denied = await take(backend, [], claim(one))
@@ -367,6 +375,50 @@ class HoldsContract:
 
         assert denied == [False, False]
         assert in_time.allowed
+
+    @pytest.mark.fault("H1")
+    async def test_denial_while_all_are_held_denies_nobody_once_the_first_is_free(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        two = slot(2)
+        await take(backend, [], claim(two))
+        clock.advance(LEASE // 2)
+        await take(backend, [], claim(two))
+        await take(backend, [], claim(two))  # denied
+
+        clock.advance(LEASE // 2)
+
+        assert await admitted(backend, two) == 1
+
+    async def test_slot_that_a_raised_limit_has_given_is_free_after_its_shorter_lease(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        one, two = slot(1, DAY), slot(2, LEASE)
+        await take(backend, [], claim(one))
+        await take(backend, [], claim(one))  # denied
+        await take(backend, [], claim(two))
+
+        clock.advance(LEASE)
+
+        assert await admitted(backend, two) == 1
+
+    @pytest.mark.fault("A11")
+    @pytest.mark.parametrize("step_back", [0, HOUR])
+    async def test_slot_is_held_for_its_own_lease_whatever_lease_others_ask_for(
+        self, backend: Backend, clock: Clock, step_back: int
+    ) -> None:
+        long, short = slot(1, 3 * LEASE), slot(1, LEASE)
+        await take(backend, [], claim(long))
+        clock.advance(-step_back)
+
+        early = []
+        for us in (0, LEASE, LEASE, LEASE - 1):
+            clock.advance(us)
+            early.append((await take(backend, [], claim(short))).allowed)
+        clock.advance(1)
+        in_time = await take(backend, [], claim(short))
+
+        assert (early, in_time.allowed) == ([False] * 4, True)
 
     @pytest.mark.fault("A8")
     @pytest.mark.parametrize("year", [1971, 2026, 2100, 2200])
@@ -592,6 +644,51 @@ class HoldsContract:
         assert list(after) == [4 * MINUTE, 8 * MINUTE]
         assert await debts(backend, own, shared) == list(after)
 
+    @pytest.mark.fault("A10")
+    @pytest.mark.parametrize("by", ["settle", "refund"])
+    @pytest.mark.parametrize("full", ["first", "last"])
+    async def test_giving_back_counts_where_another_bucket_of_the_key_is_full_already(
+        self, backend: Backend, holds: Holds, clock: Clock, full: str, by: str
+    ) -> None:
+        quotas = [quota("5/second", "s"), quota("60/hour")]
+        if full == "last":
+            quotas.reverse()
+        one, given = charge(shelf(*quotas), 5), claim(kept=HOUR)
+        await take(backend, [one], given)
+        clock.advance(SECOND)
+
+        after = await give_back(holds, by, given, corrections([one], -3))
+
+        left = [0, 2 * MINUTE - SECOND]
+        assert after == (left if full == "first" else left[::-1])
+        assert await debts(backend, one) == after
+
+    @pytest.mark.fault("A11")
+    @pytest.mark.parametrize("by", ["settle", "refund"])
+    async def test_bucket_that_was_filled_up_stays_full_though_the_clock_steps_back(
+        self, backend: Backend, holds: Holds, clock: Clock, by: str
+    ) -> None:
+        one, given = charge(shelf(quota("60/hour"), quota("60/day", "d")), 5), claim(kept=HOUR)
+        await take(backend, [one], given)
+        hour, day = corrections([one], -5)
+
+        await give_back(holds, by, given, [hour, day._replace(us=0)])
+        clock.advance(-MINUTE)
+
+        assert (await debts(backend, one))[0] == 0
+
+    async def test_more_gives_nothing_back_where_the_window_is_shorter_since(
+        self, backend: Backend, holds: Holds
+    ) -> None:
+        long, given = charge(shelf(quota("60/hour")), 30), claim(kept=HOUR)
+        short = charge(shelf(quota("60/hour", capacity=5)))
+        await take(backend, [long], given)
+
+        settled = await holds.settle(given.record, corrections([short], 1))
+
+        assert list(settled.debts) == [30 * MINUTE]
+        assert await debts(backend, long) == [30 * MINUTE]
+
     async def test_level_of_a_pool_is_its_debt_and_changes_nothing(
         self, backend: Backend, holds: Holds
     ) -> None:
@@ -648,6 +745,48 @@ class RedisHoldsContract(HoldsContract):
         for key, seen in ttls.items():
             most = DAY if "~lease" in key or "free::" in key else HOUR
             assert all(0 < ttl <= most // 1000 for ttl in seen), (key, seen)
+
+    @pytest.mark.fault("A1", "C6")
+    @pytest.mark.parametrize("first", ["day", "hour"])
+    async def test_key_lives_until_the_last_of_its_buckets_is_full(
+        self, live: Backend, ask: Ask, first: str
+    ) -> None:
+        both = [quota("9/day"), quota("9/hour", "h")]
+        own = charge(shelf(*(both if first == "day" else reversed(both))), 3)
+        alone, beside, twice = claim(kept=HOUR), claim(kept=HOUR), claim()
+        early: list[str] = []
+
+        def look(path: str, debts: Sequence[int]) -> None:
+            if ask("PTTL", own.key) < max(debts[:2]) // 1000 - 60_000:
+                early.append(path)
+
+        holds = holds_of(live)
+        assert holds is not None
+        look("take", (await live.take([own])).debts)
+        look("take of a pool", (await live.take([own, pool("99/hour")])).debts)
+        ask("DEL", own.key)
+        look("claim", (await take(live, [own], alone)).debts)
+        look("claim of a pool", (await take(live, [own, pool("99/hour")], beside)).debts)
+        ask("DEL", own.key)
+        look("take of two", (await take(live, [own, own], twice)).debts[2:])
+        look("more", (await holds.settle(alone.record, corrections([own], 1))).debts)
+        less = corrections([own, pool("99/hour")], -1)
+        look("less", (await holds.settle(beside.record, less)).debts)
+        look("refund", await holds.refund(corrections([own], -1)))
+        await holds.close()
+
+        assert early == []
+
+    @pytest.mark.parametrize("by", ["settle", "refund"])
+    async def test_key_is_gone_once_all_was_given_back(
+        self, backend: Backend, holds: Holds, ask: Ask, by: str
+    ) -> None:
+        one, given = charge(shelf(quota("60/hour"), quota("60/day", "d")), 5), claim(kept=HOUR)
+        await take(backend, [one], given)
+
+        await give_back(holds, by, given, corrections([one], -5))
+
+        assert ask("EXISTS", one.key) == 0
 
     async def test_record_is_gone_once_its_time_is_over(self, live: Backend, ask: Ask) -> None:
         one, given = charge(shelf(quota("60/hour")), 7), claim(kept=20_000)

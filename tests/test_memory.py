@@ -372,15 +372,52 @@ class TestBoundsOfHolds:
         assert all(allowed)
         assert (len(memory.slots), len(memory.records)) == (50, 50)
 
+    async def test_slots_and_reservations_that_are_over_leave_as_others_come(
+        self, clock: Clock
+    ) -> None:
+        memory = MemoryBackend(clock=clock)
+        holds = MemoryHolds(memory)
+        many = slot(100)
+        given = [claim(many, kept=LEASE) for _ in range(10)]
+        for mine in given:
+            memory.claim_now([], mine)
+        clock.advance(LEASE - 1)
+        for mine in given:
+            await holds.renew(hold(mine))
+
+        left = []
+        for us in (1, LEASE):
+            clock.advance(us)
+            memory.claim_now([], claim(many, kept=LEASE))
+            left.append((len(memory.slots), len(memory.records)))
+
+        assert left == [(11, 1), (1, 1)]
+
+    async def test_slot_that_a_stepped_back_clock_lowered_leaves_at_its_earlier_instant(
+        self, clock: Clock
+    ) -> None:
+        memory = small(clock, keys=2)
+        one = slot(1)
+        memory.claim_now([], claim(one))
+        clock.advance(-DAY)
+        memory.claim_now([], claim(one))
+        clock.advance(LEASE)
+
+        allowed = [memory.claim_now([], claim(slot(1, name=name))).allowed for name in "ab"]
+
+        assert allowed == [True, True]
+
     async def test_what_was_released_and_settled_leaves_nothing_behind(self, clock: Clock) -> None:
         memory = MemoryBackend(clock=clock)
         holds = MemoryHolds(memory)
         both = [charge(shelf(quota("60/day", capacity=20)), 2), pool("60/day", cost=2)]
+        one = slot(1, DAY)
         less, all_ = corrections(both, -1), corrections(both, -2)
 
         for i in range(30_000):
-            mine = claim(slot(2, DAY), kept=DAY)
+            mine = claim(one, kept=DAY)
             assert memory.claim_now(both, mine).allowed
+            assert not memory.claim_now([], claim(one)).allowed
             await holds.renew(hold(mine))
             await holds.settle(mine.record, less)
             await holds.refund(all_ if i % 3 else less)
@@ -389,6 +426,7 @@ class TestBoundsOfHolds:
 
         slots, records, room = memory.slots, memory.records, memory._accounts
         assert (len(slots), len(records)) == (0, 0)
+        assert (slots._held, slots._full) == ({}, {})
         assert len(slots._due) < 2_000
         assert len(records._due) < 2_000
         assert len(memory) <= 2
