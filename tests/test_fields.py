@@ -72,7 +72,7 @@ def test_zero_has_neither_window_nor_time() -> None:
 @pytest.mark.parametrize(
     ("text", "capacity", "seconds"),
     [("7/minute", 7, 60), ("7/minute", 3, 26), ("1/second", 1, 1), ("10/second", 5, 1),
-     ("1000000/second", 10**9, 1000), ("7/3 hours", 7, 10_800)],
+     ("1000000/second", 10**9, 1000), ("7/3 hours", 7, 10_800), ("1000000/1000001 seconds", 1, 2)],
 )  # fmt: skip
 def test_window_is_told_as_the_policy_has_it(text: str, capacity: int, seconds: int) -> None:
     one = quota(text, "image-minute", capacity=capacity)

@@ -60,7 +60,7 @@ def policy_item(name: str, capacity: int, window_us: int) -> str:
     """Return a quota's item of `RateLimit-Policy`."""
     # An interval is rounded up by less than a microsecond: so 60.000003 s of 7 tokens are a minute.
     nearest = round(window_us / SECOND_US)
-    seconds = nearest if 0 <= window_us - nearest * SECOND_US < capacity else None
+    seconds = nearest if window_us - nearest * SECOND_US < capacity else None
     return f'"{name}";q={capacity};w={seconds or whole_seconds(window_us)}'
 
 

@@ -118,8 +118,7 @@ class Room:
             after = max(before + us, now)
             if us > 0:
                 after = max(before, min(after, now + clamp))
-            if after != before:
-                instants[tag] = after
+            instants[tag] = after
             debts.append(after - now)
         kept = {tag: at for tag, at in instants.items() if at > now}
         if kept:
