@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -30,6 +30,8 @@ from tests.test_leases import held, now_of
 from tests.test_limiter import PATIENT, Clock
 from tieredlimit import Account, BackendError, Decision, Limiter, TieredLimitMiddleware
 from tieredlimit.backends import MemoryBackend, RedisBackend
+from tieredlimit.backends.breaker import FAILURES, Breaker
+from tieredlimit.backends.memory_holds import MemoryHolds
 from tieredlimit.integrations.fastapi import document_denials, limited
 from tieredlimit.request import RequestLimits
 
@@ -92,6 +94,7 @@ async def running(limiter: Limiter) -> int:
 GONE: Message = {"type": "http.disconnect"}
 BODY: Message = {"type": "http.request", "body": b"", "more_body": False}
 DONE: Message = {"type": "http.response.body", "body": b"done"}
+PART_OF_A_FILE: Message = {"type": "http.response.zerocopysend", "file": 3, "more_body": True}
 
 
 def start(status: int = 200, *headers: tuple[bytes, bytes]) -> Message:
@@ -169,6 +172,16 @@ class TestStatuses:
         pool = (await limiter.peek(ANN, "video")).pool
         assert pool is not None
         assert (pool.remaining, await left(limiter)) == (100, 10)
+
+    async def test_answer_through_two_doors_says_that_it_cost_nothing(self) -> None:
+        limiter = limiter_of()
+        inner = behind(limiter, answering(start(500), DONE))
+
+        sent = await run(behind(limiter, inner))
+
+        assert [value for name, value in sent[0]["headers"] if name == b"ratelimit"] == [
+            b'"video-hour";r=10'
+        ]
 
     async def test_status_after_the_start_changes_nothing(self) -> None:
         limiter = limiter_of()
@@ -351,6 +364,18 @@ class TestGoneClients:
 
         assert await left(limiter) == 9
 
+    @pytest.mark.parametrize("error", [ClientDisconnect(), WebSocketDisconnect(1006)])
+    async def test_nor_does_that_of_a_send_which_nobody_receives(self, error: Exception) -> None:
+        limiter = limiter_of()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            await run(behind(limiter, app))
+
+        assert await left(limiter) == 9
+
     async def test_nor_does_any_exception_after_it(self) -> None:
         limiter = limiter_of()
 
@@ -431,6 +456,7 @@ class TestSlots:
             ([start(200, (b"content-length", b"2")), b""], "HEAD", [0, 0]),
             ([start(200), {"type": "http.response.pathsend", "path": "/x"}], "GET", [1, 0]),
             ([start(200), {"type": "http.response.zerocopysend", "file": 3}], "GET", [1, 0]),
+            ([start(200, (b"content-length", b"9")), PART_OF_A_FILE, b""], "GET", [1, 1, 0]),
         ],
     )
     async def test_slot_is_free_before_the_client_has_all_of_the_answer(
@@ -574,6 +600,34 @@ class TestSlots:
         await run(behind(limiter, behind(limiter, answer)), sending=sending)
 
         assert seen == [1, 1, 0, 0]
+
+
+class Unasked(MemoryBackend):
+    """Say that the store is not asked for now, and would be waited for till the end of the tests."""
+
+    timeout = 10_000.0
+
+    def __init__(self) -> None:
+        super().__init__(clock=Clock())
+        self.breakers = [Breaker()]
+        self.breakers[0].failed("the store is down", FAILURES)
+
+
+async def test_answer_does_not_wait_for_a_store_that_is_not_asked_for_decisions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limiter = Limiter(policy(SLOTS), Unasked())
+
+    async def never(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(limiter, "refund", never)
+    monkeypatch.setattr(MemoryHolds, "release", never)
+
+    async with asyncio.timeout(DEADLINE):
+        sent = await run(behind(limiter, answering(start(500), DONE)))
+
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
 
 class TestCostsInTheBody:
@@ -820,6 +874,25 @@ class TestWebSockets:
         assert (during, again) == (1, "again")
         assert refused.value.response.status_code == 429
         assert json.loads(refused.value.response.body or b"")["reason"] == "concurrency"
+
+    @pytest.mark.parametrize(("status", "remaining"), [(403, 10), (404, 9)])
+    async def test_socket_that_is_closed_before_its_handshake_counts_as_403(
+        self, status: int, remaining: int
+    ) -> None:
+        limiter = limiter_of(refund_on=[status])
+        closing = answering({"type": "websocket.close", "code": 1000})
+
+        await run(behind(limiter, closing), type="websocket", path="/ws")
+
+        assert await left(limiter) == remaining
+
+    async def test_socket_that_is_closed_after_its_handshake_costs(self) -> None:
+        limiter = limiter_of(refund_on=[403])
+        messages = {"type": "websocket.accept"}, {"type": "websocket.close", "code": 1000}
+
+        await run(behind(limiter, answering(*messages)), type="websocket", path="/ws")
+
+        assert await left(limiter) == 9
 
     async def test_slot_is_free_before_the_client_hears_of_the_close(self) -> None:
         limiter = limiter_of(SLOTS)

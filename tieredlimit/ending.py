@@ -129,8 +129,6 @@ class Ending:
             if feature is None or self._decisions.get(decision.feature) is not decision:
                 continue
             if feature.refund_on_exception if status is None else status in feature.refund_on:
-                # It may happen later, or have happened unheard: never a second time.
-                self._decisions[decision.feature] = decision._replace(demanded=None)
                 refunding.append(asyncio.create_task(self._give_back(decision)))
         for task in refunding:
             _refunding.add(task)
