@@ -603,7 +603,7 @@ class TestSlots:
 
 
 class Unasked(MemoryBackend):
-    """Say that the store is not asked for now, and would be waited for till the end of the tests."""
+    """Be a store that is not asked for decisions now, and would be waited for very long."""
 
     timeout = 10_000.0
 

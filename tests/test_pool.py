@@ -264,13 +264,18 @@ def test_pool_that_no_feature_uses_is_a_warning() -> None:
 def test_route_that_costs_more_than_a_tier_reaches_is_a_warning_at_the_pool() -> None:
     video = {"routes": {"POST /a": 1, "POST /b": 400, "POST /c": 700}, "pool": "gpu"}
     image = {"routes": {"POST /d": 500}, "pool": "gpu"}
+    all_there_is = {"routes": {"POST /e": 600, "POST /f": 300}, "pool": "gpu"}
     gpu = {**GPU, "leave": {"new": "50%", "free": 120}}
 
-    assert warnings(document({"gpu": gpu}, video=video, image=image)) == [
+    said = document({"gpu": gpu}, video=video, image=image, rest=all_there_is)
+
+    assert warnings(said) == [
         'pools.gpu: "POST /b" costs 400, and tier new gets at 300 at most',
         'pools.gpu: "POST /c" costs 700, never fits a pool of 600',
         'pools.gpu: "POST /d" costs 500, and tier new gets at 300 at most',
         'pools.gpu: "POST /d" costs 500, and tier free gets at 480 at most',
+        'pools.gpu: "POST /e" costs 600, and tier new gets at 300 at most',
+        'pools.gpu: "POST /e" costs 600, and tier free gets at 480 at most',
     ]
 
 
