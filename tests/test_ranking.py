@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.contract import START
 from tieredlimit import Account
 from tieredlimit._core.condition import When
-from tieredlimit._core.ranking import NEAR_US, NEVER_US, Ranking
+from tieredlimit._core.ranking import NEAR_US, NEVER_US, Ranking, Unknowns
 
 DAY_US = 86_400_000_000
 NOW = datetime.fromtimestamp(START / 1e6, UTC)
@@ -84,3 +84,21 @@ def test_times_are_the_nearest_ages_that_are_asked_for(
         max((at for at in edges if at <= START), default=0),
         min((at for at in edges if at > START), default=NEVER_US),
     )
+
+
+@pytest.mark.parametrize("tags", [frozenset(), frozenset({"beta"})])
+@pytest.mark.parametrize(
+    "age", [When(account_age_below_us=DAY_US), When(account_age_above_us=DAY_US)]
+)
+def test_accounts_that_billing_says_too_little_of_are_counted(
+    age: When, tags: frozenset[str]
+) -> None:
+    unknowns = Unknowns()
+    when = replace(age, plan=frozenset({"free"}), tags=tags)
+    ranking = Ranking([when, None], unknowns)
+
+    for plan in ("free", "free", "unheard-of", None):
+        ranking.first(Account("u1", plan=plan, tags=tags), START)
+    ranking.first(Account("u2", plan="free", created_at=NOW, tags=tags), START)
+
+    assert (unknowns.plans, unknowns.ages) == (1, 2)
