@@ -466,6 +466,20 @@ class HoldsContract:
         assert denied == (False, denied.now, [9 * MINUTE, 36 * MINUTE])
         assert first == (True, first.now, [12 * MINUTE, 48 * MINUTE])
 
+    @pytest.mark.fault("A11")
+    async def test_pool_whose_window_was_shortened_is_lowered_beside_other_charges(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        own, short = charge(shelf(quota("9/hour"))), pool("10/minute")
+        await backend.take([own, pool("10/day", cost=10)])
+
+        denied = await backend.take([own, short])
+        clock.advance(2 * MINUTE)
+        filled = await backend.take([own, short._replace(cost=10)])
+
+        assert (denied.allowed, denied.debts[1]) == (False, 2 * MINUTE)
+        assert filled.allowed
+
     @pytest.mark.fault("A12")
     async def test_charges_on_one_bucket_are_summed_with_a_pool_too(self, backend: Backend) -> None:
         own = charge(shelf(quota("9/hour")), 2)

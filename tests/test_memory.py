@@ -226,6 +226,19 @@ async def test_peeks_and_denials_need_no_room(clock: Clock) -> None:
     assert len(memory) == 1
 
 
+async def test_what_was_decided_elsewhere_is_charged_to_a_known_key_though_there_is_no_room(
+    clock: Clock,
+) -> None:
+    memory = small(clock, keys=1)
+    known, unknown = (charge(shelf(quota("9/hour")), 1, subject) for subject in ("u1", "u2"))
+
+    for one in (known, known, unknown):
+        memory.note([one])
+
+    assert await debts(memory, known, unknown) == [2 * HOUR // 9, 0]
+    assert len(memory) == 1
+
+
 async def test_lowered_key_leaves_at_its_earlier_instant(clock: Clock) -> None:
     memory = MemoryBackend(clock=clock)
     await drain(memory, shelf(quota("5/day")))
