@@ -285,6 +285,26 @@ class TestArguments:
             Limiter(POLICY, "http://localhost")
 
 
+class TestClosed:
+    async def test_closure_that_ends_says_when_and_one_that_does_not_says_nothing(
+        self, clock: Clock
+    ) -> None:
+        limiter = Limiter(POLICY, MemoryBackend(clock=clock))
+        end = START + timedelta(seconds=90)
+        await limiter.control.close("image", everyone=True, until=end)
+        await limiter.control.close("video", everyone=True)
+
+        image, video = [await limiter.take(BEN, feature) for feature in ("image", "video")]
+        clock.advance(image.retry_after or 0)
+        after = await limiter.take(BEN, "image")
+
+        assert (image.reason, video.reason) == ("closed", "closed")
+        assert image.retry_after is not None
+        assert image.retry_after >= 90
+        assert video.retry_after is None
+        assert after.allowed
+
+
 class TestZero:
     @pytest.mark.fault("D1")
     async def test_zero_denies_makes_no_key_and_promises_nothing(self) -> None:
