@@ -535,13 +535,13 @@ class TestOutages:
         image = [charge(shelf(quota("5/hour")), 0)]
         await recovered(backend, image)
         before = proxy.connections
-        proxy.treat = lambda reply: b""
+        proxy.hole = True
 
         # At the second deadline, if not at the first, the first call is older than any caller.
         for _ in range(2):
             with pytest.raises(BackendError, match="did not answer"):
                 await backend.take(image)
-        proxy.heal()
+        proxy.mend()  # but not this connection, over which nothing ever comes again
         await recovered(backend, image)
 
         assert proxy.connections > before
