@@ -376,6 +376,22 @@ class HoldsContract:
         assert denied == [False, False]
         assert in_time.allowed
 
+    async def test_denials_hold_no_slot_for_longer_than_its_lease(
+        self, backend: Backend, clock: Clock
+    ) -> None:
+        long, short = slot(2, 3 * LEASE), slot(2, LEASE)
+        for one in (long, short):
+            await take(backend, [], claim(one))
+        clock.advance(LEASE)
+        await take(backend, [], claim(short))
+        clock.advance(LEASE - 1)
+        denied = await take(backend, [], claim(short))
+
+        clock.advance(LEASE + 1)
+
+        assert not denied.allowed
+        assert await admitted(backend, short) == 2
+
     @pytest.mark.fault("H1")
     async def test_denial_while_all_are_held_denies_nobody_once_the_first_is_free(
         self, backend: Backend, clock: Clock
@@ -801,6 +817,17 @@ class RedisHoldsContract(HoldsContract):
         await give_back(holds, by, given, corrections([one], -5))
 
         assert ask("EXISTS", one.key) == 0
+
+    async def test_key_of_a_renewed_slot_lives_as_long_as_the_longest_lease(
+        self, backend: Backend, holds: Holds, ask: Ask
+    ) -> None:
+        mine = claim(slot())
+        await take(backend, [], mine)
+        ask("PEXPIRE", mine.slots[0].key, "60000")
+
+        await holds.renew(hold(mine))
+
+        assert ask("PTTL", mine.slots[0].key) > DAY // 1000 - 60_000
 
     async def test_record_is_gone_once_its_time_is_over(self, live: Backend, ask: Ask) -> None:
         one, given = charge(shelf(quota("60/hour")), 7), claim(kept=20_000)
