@@ -617,15 +617,19 @@ async def test_answer_does_not_wait_for_a_store_that_is_not_asked_for_decisions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limiter = Limiter(policy(SLOTS), Unasked())
+    back = asyncio.Event()
 
-    async def never(*_: Any) -> Any:
-        await asyncio.Event().wait()
+    async def once_it_is_back(*asked: Any) -> Any:
+        await back.wait()
+        return asked[-1]
 
-    monkeypatch.setattr(limiter, "refund", never)
-    monkeypatch.setattr(MemoryHolds, "release", never)
+    monkeypatch.setattr(limiter, "refund", once_it_is_back)
+    monkeypatch.setattr(MemoryHolds, "release", once_it_is_back)
 
     async with asyncio.timeout(DEADLINE):
         sent = await run(behind(limiter, answering(start(500), DONE)))
+    back.set()
+    await limiter.close()
 
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
