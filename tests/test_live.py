@@ -1344,6 +1344,19 @@ class TestUnopened:
 
         assert (before.status_code, after.status_code) == (200, 403)
 
+    async def test_closed_limiter_stays_closed_though_another_asks_the_same_backend(
+        self, redis_house: House
+    ) -> None:
+        backend = redis_house.backend()
+        first, second = [redis_house.limiter(backend=backend) for _ in range(2)]
+        await asyncio.gather(first.open(), second.open())
+
+        await first.close()
+        await second.take(OLD, "video")
+
+        assert (first.following, len(first._force._followers)) == (False, 0)
+        assert (second.following, len(second._force._followers)) == (True, 1)
+
     async def test_closed_worker_follows_again_once_it_is_asked(self, redis_house: House) -> None:
         zero = base(video={"routes": ["POST /videos"], "quotas": 0})
         worker = await redis_house.worker(zero)

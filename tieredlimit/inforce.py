@@ -126,8 +126,9 @@ class InForce:
         if isinstance(self.store, MemoryControl):
             self.store.follow(self)
         if is_over_redis(backend):
-            backend.entered.append(self.follow)
+            backend.entered.append(self._entered)
             backend.leaving.append(self.close)
+        self._left = False
         anew_after_fork(self)
 
     def leave_to_parent(self) -> None:
@@ -248,7 +249,7 @@ class InForce:
 
     def follow(self) -> None:
         """Watch the store from this event loop, if that is not done already."""
-        self.followed = True
+        self.followed, self._left = True, False
         if self.store is None or not self._watched:
             return
         loop = asyncio.get_running_loop()
@@ -260,6 +261,14 @@ class InForce:
                 del self._followers[ended]
             follower = self._followers[loop] = Follower(self, self.store)
         follower.start(self._watch_file() if self._closures.file is not None else None)
+
+    def _entered(self) -> None:
+        """Follow from an event loop in which the backend is asked, unless this was closed.
+
+        Others may share the backend, and go on asking it.
+        """
+        if not self._left:
+            self.follow()
 
     async def open(self) -> None:
         """Follow, and load what is in force now.
@@ -300,7 +309,8 @@ class InForce:
         """Stop following from this event loop."""
         with self._lock:
             follower = self._followers.pop(asyncio.get_running_loop(), None)
-            self.followed = not self._watched or len(self._followers) > 0
+            self._left = not self._followers
+            self.followed = not self._watched or not self._left
         if follower is not None:
             await follower.stop()
         elif self.store is not None:
