@@ -51,6 +51,7 @@ class TestUvicornInPurePython(ServerContract):
 class TestHypercorn(ServedContract):
     name = "hypercorn"
     http2 = True
+    waits = False
     late_bodies = False
     spares_bodies = False
 
@@ -60,6 +61,7 @@ class TestHypercornOnUvloop(ServerContract):
     options = ("--worker-class", "uvloop")
     loop = "uvloop"
     http2 = True
+    waits = False
     late_bodies = False
     spares_bodies = False
 
