@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +18,9 @@ from starlette.requests import HTTPConnection
 from tieredlimit import Account, BackendError, UsageError
 from tieredlimit._core.kept import Kept
 from tieredlimit.identity import Remembered, api_key, remember, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
 
 FREE, PRO = Account("u1", plan="free"), Account("u1", plan="pro")
 
@@ -61,6 +64,13 @@ async def leave(*waiting: asyncio.Future[Any]) -> None:
         one.cancel()
     await asyncio.wait(waiting)
     await asyncio.sleep(0)
+
+
+def on_a_loop_that_ends(ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run it on an event loop that is closed with whatever still waits there."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(ask())
+    loop.close()
 
 
 def tasks_of_lookups() -> list[asyncio.Task[Any]]:
@@ -515,16 +525,11 @@ class TestRememberLater:
         billing = Billing(k=FREE)
         lookup = remember(billing.later)
 
-        def lose() -> None:
-            loop = asyncio.new_event_loop()
-            loop.run_until_complete(ask())
-            loop.close()
-
         async def ask() -> None:
             lookup("k").close()  # type: ignore[union-attr]  # whoever asked has left
             await asyncio.sleep(0)
 
-        await asyncio.to_thread(lose)
+        await asyncio.to_thread(on_a_loop_that_ends, ask)
         billing.gate = asyncio.Event()
         billing.gate.set()
 
@@ -539,17 +544,12 @@ class TestRememberLater:
         billing = Billing(k=FREE)
         lookup = remember(billing.later)
 
-        def lose() -> None:
-            loop = asyncio.new_event_loop()
-            loop.run_until_complete(ask())
-            loop.close()
-
         async def ask() -> None:
             waiting: Any = asyncio.ensure_future(resolve(lookup("k")))
             waiting._log_destroy_pending = False  # asyncio's own
             await asyncio.sleep(0)
 
-        await asyncio.to_thread(lose)
+        await asyncio.to_thread(on_a_loop_that_ends, ask)
         billing.gate = asyncio.Event()
         billing.gate.set()
 
